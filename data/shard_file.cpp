@@ -1,0 +1,328 @@
+#include "data/shard_file.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+
+#include "configs/check.h"
+
+namespace graft::data {
+namespace {
+
+constexpr int64_t kSchema = 1;
+constexpr hsize_t kMaxChunkBytes = hsize_t{64} << 20;  // what a file may make us allocate at once
+constexpr hsize_t kDeflateLimit = 1032;                // no deflate stream expands further
+constexpr hsize_t kMaxLabels = 1 << 20;
+constexpr int64_t kZeroRun = 4;  // no document is so many tokens 0 and nothing else
+
+/// A number, string or array in the file, as libhdf5 sees it: an attribute or a dataset.
+struct Stored {
+  const std::string& path;
+  std::string name;
+  Hdf5Handle object, type, space;
+  bool is_attribute = false;
+
+  hsize_t size() const { return static_cast<hsize_t>(H5Sget_simple_extent_npoints(space.get())); }
+  void read(hid_t memory_type, void* out) const {
+    checked(is_attribute ? H5Aread(object.get(), memory_type, out)
+                         : H5Dread(object.get(), memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, out),
+            path, "read '" + name + "'");
+  }
+};
+
+Stored open_attribute(hid_t file, const std::string& path, const std::string& name) {
+  const bool found = checked(H5Aexists(file, name.c_str()), path, "look up attributes") > 0;
+  GRAFT_CHECK(found, ExitCode::kData, path, ": attribute '", name,
+              "' is missing; is this a Graft shard? (graft prepare makes them)");
+  Stored stored{path, name, {}, {}, {}, true};
+  const std::string action = "open attribute '" + name + "'";
+  stored.object = {checked(H5Aopen(file, name.c_str(), H5P_DEFAULT), path, action), H5Aclose};
+  stored.type = {checked(H5Aget_type(stored.object.get()), path, action), H5Tclose};
+  stored.space = {checked(H5Aget_space(stored.object.get()), path, action), H5Sclose};
+  GRAFT_CHECK(stored.size() == 1, ExitCode::kData, path, ": attribute '", name,
+              "' must be one value, it has ", stored.size());
+  return stored;
+}
+
+int64_t read_integer_attribute(hid_t file, const std::string& path, const std::string& name) {
+  const Stored stored = open_attribute(file, path, name);
+  GRAFT_CHECK(H5Tget_class(stored.type.get()) == H5T_INTEGER, ExitCode::kData, path,
+              ": attribute '", name, "' must be an integer");
+  int64_t value = 0;
+  stored.read(H5T_NATIVE_INT64, &value);
+  return value;
+}
+
+/// Strings of fixed length (ours) or variable length (h5py's).
+std::vector<std::string> read_strings(const Stored& stored) {
+  GRAFT_CHECK(H5Tget_class(stored.type.get()) == H5T_STRING, ExitCode::kData, stored.path, ": '",
+              stored.name, "' must hold text");
+  std::vector<std::string> strings(stored.size());
+  if (checked(H5Tis_variable_str(stored.type.get()), stored.path, "read a type") > 0) {
+    std::vector<char*> pointers(strings.size(), nullptr);
+    stored.read(stored.type.get(), pointers.data());
+    for (size_t i = 0; i < strings.size(); ++i) strings[i] = pointers[i] ? pointers[i] : "";
+    H5Dvlen_reclaim(stored.type.get(), stored.space.get(), H5P_DEFAULT, pointers.data());
+    return strings;
+  }
+  const size_t width = H5Tget_size(stored.type.get());
+  GRAFT_CHECK(width <= kMaxChunkBytes / std::max<size_t>(strings.size(), 1), ExitCode::kData,
+              stored.path, ": '", stored.name, "' has strings of ", width, " bytes");
+  std::string bytes(width * strings.size(), '\0');
+  stored.read(stored.type.get(), bytes.data());
+  for (size_t i = 0; i < strings.size(); ++i)
+    strings[i] = bytes.substr(i * width, width).c_str();  // cut at the first NUL
+  return strings;
+}
+
+/// Filters: only those that every libhdf5 has built in and whose decoders are small.
+void check_filters(hid_t properties, const Stored& stored, hsize_t width, hsize_t& expansion) {
+  const int num_filters = checked(H5Pget_nfilters(properties), stored.path, "read filters");
+  for (int i = 0; i < num_filters; ++i) {
+    unsigned flags = 0, config = 0;
+    size_t num_values = 0;
+    const auto filter =
+        H5Pget_filter2(properties, i, &flags, &num_values, nullptr, 0, nullptr, &config);
+    GRAFT_CHECK(filter == H5Z_FILTER_FLETCHER32 || filter == H5Z_FILTER_SHUFFLE ||
+                    filter == H5Z_FILTER_DEFLATE,
+                ExitCode::kData, stored.path, ": '", stored.name, "' uses HDF5 filter ", filter,
+                "; only fletcher32, shuffle and deflate are accepted");
+    if (filter == H5Z_FILTER_DEFLATE) expansion *= kDeflateLimit;
+  }
+  hsize_t chunk = 0;
+  const bool one_dimension = H5Pget_chunk(properties, 1, &chunk) == 1;
+  GRAFT_CHECK(one_dimension && chunk <= kMaxChunkBytes / width, ExitCode::kData, stored.path, ": '",
+              stored.name, "' has chunks of ", chunk, " elements; at most ", kMaxChunkBytes,
+              " bytes are accepted");
+}
+
+/// How the bytes are stored: in this file, in a way we know, and all of them (memory is taken by
+/// this size).
+void check_storage(const Stored& stored) {
+  const hid_t dataset = stored.object.get();
+  const Hdf5Handle properties(checked(H5Dget_create_plist(dataset), stored.path, "read storage"),
+                              H5Pclose);
+  const H5D_layout_t layout = H5Pget_layout(properties.get());
+  GRAFT_CHECK((layout == H5D_COMPACT || layout == H5D_CONTIGUOUS || layout == H5D_CHUNKED) &&
+                  H5Pget_external_count(properties.get()) == 0,
+              ExitCode::kData, stored.path, ": '", stored.name,
+              "' is stored outside this file (external or virtual); copy it into one file");
+  const hsize_t width = H5Tget_size(stored.type.get());
+  hsize_t expansion = 1;
+  if (layout == H5D_CHUNKED) check_filters(properties.get(), stored, width, expansion);
+  const hsize_t stored_bytes = H5Dget_storage_size(dataset);
+  GRAFT_CHECK(stored.size() <= stored_bytes / width * expansion, ExitCode::kData, stored.path,
+              ": '", stored.name, "' claims ", stored.size(), " elements but stores ", stored_bytes,
+              " bytes; the file is incomplete");
+}
+
+Stored open_dataset(hid_t file, const std::string& path, const std::string& name) {
+  const bool found = checked(H5Lexists(file, name.c_str(), H5P_DEFAULT), path, "look up names") > 0;
+  GRAFT_CHECK(found, ExitCode::kData, path, ": dataset '", name, "' is missing");
+  Stored stored{path, name, {}, {}, {}, false};
+  const std::string action = "open '" + name + "'";
+  stored.object = {checked(H5Dopen2(file, name.c_str(), H5P_DEFAULT), path, action), H5Dclose};
+  stored.type = {checked(H5Dget_type(stored.object.get()), path, action), H5Tclose};
+  stored.space = {checked(H5Dget_space(stored.object.get()), path, action), H5Sclose};
+  GRAFT_CHECK(H5Sget_simple_extent_ndims(stored.space.get()) == 1, ExitCode::kData, path, ": '",
+              name, "' must have one dimension");
+  check_storage(stored);
+  return stored;
+}
+
+/// The dataset, if it holds exactly this kind of integer (either byte order).
+template <class Number>
+Stored open_numbers(hid_t file, const std::string& path, const std::string& name) {
+  Stored stored = open_dataset(file, path, name);
+  const H5T_sign_t sign = std::is_signed_v<Number> ? H5T_SGN_2 : H5T_SGN_NONE;
+  GRAFT_CHECK(H5Tget_class(stored.type.get()) == H5T_INTEGER &&
+                  H5Tget_size(stored.type.get()) == sizeof(Number) &&
+                  H5Tget_sign(stored.type.get()) == sign,
+              ExitCode::kData, path, ": '", name, "' must be ",
+              std::is_signed_v<Number> ? "int" : "uint", 8 * sizeof(Number));
+  return stored;
+}
+
+template <class Number>
+std::vector<Number> read_numbers(hid_t file, const std::string& path, const std::string& name) {
+  const Stored stored = open_numbers<Number>(file, path, name);
+  std::vector<Number> numbers(stored.size());
+  if (!numbers.empty()) stored.read(native_type<Number>(), numbers.data());
+  return numbers;
+}
+
+void check_offsets(const std::vector<uint64_t>& offsets, uint64_t end, const std::string& path,
+                   std::string_view name) {
+  const bool ok = !offsets.empty() && offsets.front() == 0 && offsets.back() == end &&
+                  std::is_sorted(offsets.begin(), offsets.end());
+  GRAFT_CHECK(ok, ExitCode::kData, path, ": '", name, "' must rise from 0 to ", end,
+              ", the number of tokens");
+}
+
+/// The place of the first token that is not below vocab_size, or their number.
+size_t first_not_below(std::span<const uint32_t> tokens, int64_t vocab_size) {
+  uint32_t largest = 0;  // one pass without a branch: all but always the only one
+  for (const uint32_t token : tokens) largest = std::max(largest, token);
+  if (largest < vocab_size) return tokens.size();
+  return std::find_if(tokens.begin(), tokens.end(),
+                      [&](uint32_t token) { return token >= vocab_size; }) -
+         tokens.begin();
+}
+
+/// Only hard links to names of the format: nothing that leads elsewhere, nothing we would silently
+/// ignore.
+void check_members(hid_t file, const std::string& path) {
+  static constexpr std::string_view kKnown[] = {"tokens", "offsets",      "loss_mask",    "label",
+                                                "labels", "label_tokens", "label_offsets"};
+  H5G_info_t group;
+  checked(H5Gget_info(file, &group), path, "list the file");
+  for (hsize_t i = 0; i < group.nlinks; ++i) {
+    char name[64] = "";
+    checked(H5Lget_name_by_idx(file, ".", H5_INDEX_NAME, H5_ITER_INC, i, name, sizeof name,
+                               H5P_DEFAULT),
+            path, "list the file");
+    GRAFT_CHECK(std::find(std::begin(kKnown), std::end(kKnown), name) != std::end(kKnown),
+                ExitCode::kData, path, ": '", name, "' is not part of the tokens format");
+    H5L_info_t link;
+    checked(H5Lget_info(file, name, &link, H5P_DEFAULT), path, "list the file");
+    GRAFT_CHECK(link.type == H5L_TYPE_HARD, ExitCode::kData, path, ": '", name,
+                "' is a link to another place; copy the data into this file");
+  }
+}
+
+Hdf5Handle open_file(const std::string& path) {
+  struct stat status;
+  GRAFT_CHECK(::stat(path.c_str(), &status) == 0, ExitCode::kData, path,
+              ": no such file, or it cannot be reached");
+  GRAFT_CHECK(S_ISREG(status.st_mode), ExitCode::kData, path, ": not a regular file");
+  const Hdf5Handle access(checked(H5Pcreate(H5P_FILE_ACCESS), path, "prepare"), H5Pclose);
+  // Shards never change once named, and parallel file systems are often mounted without locks.
+  checked(H5Pset_file_locking(access.get(), false, true), path, "prepare");
+  return {checked(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access.get()), path, "open as HDF5"),
+          H5Fclose};
+}
+
+/// Size and modification time, in bytes and nanoseconds, of the very file that is open.
+std::pair<int64_t, int64_t> file_state(hid_t file, const std::string& path) {
+  void* descriptor = nullptr;
+  checked(H5Fget_vfd_handle(file, H5P_DEFAULT, &descriptor), path, "read the file's state");
+  struct stat status;
+  GRAFT_CHECK(::fstat(*static_cast<int*>(descriptor), &status) == 0, ExitCode::kData, path,
+              ": cannot read the file's state");
+  return {status.st_size, status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
+}
+
+}  // namespace
+
+TokenShard::TokenShard(const std::string& path) : path_(path) {
+  Hdf5Lock lock;
+  file_ = open_file(path);
+  const hid_t file = file_.get();
+  std::tie(file_bytes_, modified_ns_) = file_state(file, path);
+  const int64_t schema = read_integer_attribute(file, path, "graft_schema");
+  GRAFT_CHECK(schema == kSchema, ExitCode::kData, path, ": graft_schema is ", schema,
+              ", this program reads ", kSchema);
+  const std::string kind = read_strings(open_attribute(file, path, "kind")).front();
+  GRAFT_CHECK(kind == "tokens", ExitCode::kData, path, ": kind is '", kind, "', expected 'tokens'");
+  check_members(file, path);
+  created_by_ = read_strings(open_attribute(file, path, "created_by")).front();
+  tokenizer_sha256_ = read_strings(open_attribute(file, path, "tokenizer_sha256")).front();
+  vocab_size_ = read_integer_attribute(file, path, "vocab_size");
+  GRAFT_CHECK(vocab_size_ > 0, ExitCode::kData, path, ": vocab_size is ", vocab_size_);
+
+  Stored tokens = open_numbers<uint32_t>(file, path, "tokens");
+  Stored loss_mask = open_numbers<uint8_t>(file, path, "loss_mask");
+  GRAFT_CHECK(tokens.size() == loss_mask.size(), ExitCode::kData, path, ": 'tokens' has ",
+              tokens.size(), " elements, 'loss_mask' ", loss_mask.size());
+  offsets_ = read_numbers<uint64_t>(file, path, "offsets");
+  check_offsets(offsets_, tokens.size(), path, "offsets");
+  const int64_t claimed = read_integer_attribute(file, path, "num_samples");
+  GRAFT_CHECK(claimed == num_samples(), ExitCode::kData, path, ": num_samples is ", claimed,
+              ", 'offsets' has ", num_samples(), " samples");
+  tokens_ = std::move(tokens.object);
+  loss_mask_ = std::move(loss_mask.object);
+  if (checked(H5Lexists(file, "label", H5P_DEFAULT), path, "look up names") > 0) read_labels();
+}
+
+void TokenShard::read_labels() {
+  const hid_t file = file_.get();
+  ShardLabels labels;
+  labels.of_sample = read_numbers<int32_t>(file, path_, "label");
+  const Stored names = open_dataset(file, path_, "labels");
+  GRAFT_CHECK(names.size() <= kMaxLabels, ExitCode::kData, path_, ": ", names.size(), " labels");
+  labels.names = read_strings(names);
+  labels.tokens = read_numbers<uint32_t>(file, path_, "label_tokens");
+  labels.offsets = read_numbers<uint64_t>(file, path_, "label_offsets");
+  check_offsets(labels.offsets, labels.tokens.size(), path_, "label_offsets");
+  GRAFT_CHECK(first_not_below(labels.tokens, vocab_size_) == labels.tokens.size(), ExitCode::kData,
+              path_, ": 'label_tokens' holds tokens that are not below vocab_size ", vocab_size_);
+  GRAFT_CHECK(static_cast<int64_t>(labels.of_sample.size()) == num_samples() &&
+                  labels.offsets.size() == labels.names.size() + 1,
+              ExitCode::kData, path_, ": 'label' must have one element a sample, 'label_offsets' ",
+              "one more than 'labels'");
+  for (size_t row = 0; row < labels.of_sample.size(); ++row) {
+    const int32_t label = labels.of_sample[row];
+    GRAFT_CHECK(label >= 0 && label < static_cast<int64_t>(labels.names.size()), ExitCode::kData,
+                path_, ": row ", row, " has label ", label, " of ", labels.names.size());
+  }
+  labels_ = std::move(labels);
+}
+
+int64_t TokenShard::row_of(int64_t position) const {
+  return std::upper_bound(offsets_.begin(), offsets_.end(), static_cast<uint64_t>(position)) -
+         offsets_.begin() - 1;
+}
+
+void TokenShard::read(int64_t begin, std::span<uint32_t> tokens,
+                      std::span<uint8_t> loss_mask) const {
+  GRAFT_ASSERT(tokens.size() == loss_mask.size() && begin >= 0 &&
+                   begin + static_cast<int64_t>(tokens.size()) <= num_tokens(),
+               path_, ": read of ", tokens.size(), " tokens at ", begin);
+  if (tokens.empty()) return;
+  Hdf5Lock lock;
+  const hsize_t start = begin, count = tokens.size();
+  const Hdf5Handle memory(checked(H5Screate_simple(1, &count, nullptr), path_, "read"), H5Sclose);
+  const auto read_from = [&](const Hdf5Handle& dataset, hid_t type, void* out) {
+    const Hdf5Handle space(checked(H5Dget_space(dataset.get()), path_, "read"), H5Sclose);
+    checked(H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, &start, nullptr, &count, nullptr),
+            path_, "read");
+    const herr_t result = H5Dread(dataset.get(), type, memory.get(), space.get(), H5P_DEFAULT, out);
+    GRAFT_CHECK(result >= 0, ExitCode::kData, path_, ": row ", row_of(begin),
+                ": cannot read: ", hdf5_message());
+  };
+  read_from(tokens_, H5T_NATIVE_UINT32, tokens.data());
+  read_from(loss_mask_, H5T_NATIVE_UINT8, loss_mask.data());
+  // Past a new end of the file libhdf5 reads zeros, and the checksum of zeros is zero.
+  GRAFT_CHECK(file_state(file_.get(), path_) == std::pair(file_bytes_, modified_ns_),
+              ExitCode::kData, path_, ": row ", row_of(begin),
+              ": the file was changed while in use; a shard is replaced by a rename");
+  check_values(begin, tokens, loss_mask);
+}
+
+void TokenShard::check_values(int64_t begin, std::span<const uint32_t> tokens,
+                              std::span<const uint8_t> loss_mask) const {
+  const auto row_at = [&](auto place) { return row_of(begin + static_cast<int64_t>(place)); };
+  if (const size_t bad = first_not_below(tokens, vocab_size_); bad < tokens.size())
+    GRAFT_CHECK(false, ExitCode::kData, path_, ": row ", row_at(bad), ": token ", tokens[bad],
+                " is not below vocab_size ", vocab_size_);
+  const auto bad =
+      std::find_if(loss_mask.begin(), loss_mask.end(), [](uint8_t mask) { return mask > 1; });
+  GRAFT_CHECK(bad == loss_mask.end(), ExitCode::kData, path_, ": row ",
+              row_at(bad - loss_mask.begin()), ": loss_mask is ", int{*bad}, ", must be 0 or 1");
+  // A chunk that the disk lost reads as zeros, its checksum too, so the checksum agrees.
+  const int64_t end = begin + static_cast<int64_t>(tokens.size());
+  for (int64_t row = row_of(begin), first = begin; first < end; ++row) {
+    const int64_t last = std::min(end, this->begin(row + 1));
+    const auto part = tokens.subspan(first - begin, last - first);
+    GRAFT_CHECK(last - first < kZeroRun || std::any_of(part.begin(), part.end(),
+                                                       [](uint32_t token) { return token != 0; }),
+                ExitCode::kData, path_, ": row ", row, ": all its ", last - first,
+                " tokens are 0: part of the file is lost");
+    first = last;
+  }
+}
+
+}  // namespace graft::data

@@ -1,0 +1,82 @@
+// The graft program: parse, find the ranks, run the verb. The only place that catches, so that no rank waits forever.
+#include <malloc.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <optional>
+#include <thread>
+
+#include "configs/check.h"
+#include "configs/log.h"
+#include "launcher/progress.h"
+#include "launcher/verbs/verbs.h"
+#include "launcher/version.h"
+
+namespace graft::launcher {
+namespace {
+
+int run_verb(const Command& command, const dist::Topology& topology, dist::MpiSession* session) {
+  return command.run ? command.run() : command.run_on_ranks(topology, session);
+}
+
+/// Says what went wrong, once for the job, and ends all ranks. Ranks other than 0 wait a moment: where rank 0 met the
+/// same error it has said so and ended them.
+int fail(const std::string& message, ExitCode code, int rank, dist::MpiSession* session) {
+  if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(1));
+  log::error(message);
+  if (session != nullptr) session->abort(code);
+  return static_cast<int>(code);
+}
+
+template <class F>
+int guarded(int rank, dist::MpiSession* session, F action) {
+  try {
+    return action();
+  } catch (const Error& error) {
+    return fail(error.what(), error.code(), rank, session);
+  } catch (const std::bad_alloc&) {
+    return fail("out of memory on rank " + std::to_string(rank), ExitCode::kMemory, rank, session);
+  } catch (const std::exception& error) {
+    return fail(std::string("a bug in Graft, please report it: ") + error.what(), ExitCode::kBug, rank, session);
+  }
+}
+
+}  // namespace
+}  // namespace graft::launcher
+
+int main(int argc, char** argv) {
+  using namespace graft;            // NOLINT
+  using namespace graft::launcher;  // NOLINT
+  // Tensors of a step come and go; giving their pages back to the system each time costs more than the arithmetic.
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  CLI::App app("Graft: fine-tunes large frozen models with small trainable parts, on one GPU or many.", "graft");
+  app.set_version_flag("--version", version_text());
+  app.require_subcommand(1);
+  app.fallthrough(false);
+  bool debug = false;
+  app.add_flag("--debug", debug, "also log debug messages");
+  Command command;
+  for (const auto add : {add_train, add_eval, add_generate, add_prepare, add_validate, add_methods, add_models,
+                         add_inspect, add_merge, add_export, add_completion, add_env}) {
+    add(app, command);
+  }
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::kUsage);
+  }
+  return guarded(0, nullptr, [&] {
+    dist::Topology topology;
+    if (command.run_on_ranks) topology = dist::detect_topology(dist::process_environment());
+    std::optional<dist::MpiSession> session;
+    if (topology.world > 1) session.emplace(&argc, &argv);
+    dist::MpiSession* mpi = session ? &*session : nullptr;
+    log::init({topology.rank, topology.world, "", debug});
+    Progress::set_enabled(topology.rank == 0);
+    return guarded(topology.rank, mpi, [&] { return run_verb(command, topology, mpi); });
+  });
+}

@@ -1,0 +1,171 @@
+#include "launcher/trainer.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <span>
+
+#include "configs/check.h"
+#include "configs/log.h"
+
+namespace graft::launcher {
+namespace {
+
+constexpr int64_t kMostNonFinite = 3;
+
+Reduction reduction_of(const std::string& name, at::Device device) {
+  return name == "tree" || (name == "auto" && device.is_cpu()) ? Reduction::kTree : Reduction::kFastest;
+}
+
+int64_t steps_of_epochs(const data::Loader& loader, double epochs) {
+  double steps = 0;
+  for (int64_t epoch = 0; static_cast<double>(epoch) < epochs; ++epoch) {
+    const double share = std::min(1.0, epochs - static_cast<double>(epoch));
+    steps += share * static_cast<double>(loader.steps_in_epoch(epoch));
+  }
+  return std::max<int64_t>(1, std::llround(std::ceil(steps)));
+}
+
+Schedule schedule_of(const Run& run, const data::Loader& loader) {
+  Schedule schedule{run.train.lr_scheduler_type, run.train.learning_rate};
+  schedule.max_steps = run.train.max_steps ? *run.train.max_steps
+                                           : steps_of_epochs(loader, *run.train.num_train_epochs);
+  schedule.warmup_steps = static_cast<int64_t>(std::ceil(run.train.warmup_ratio * static_cast<double>(schedule.max_steps)));
+  return schedule;
+}
+
+models::Lane on_device(data::Batch batch, int64_t number, at::Device device) {
+  for (at::Tensor* t : {&batch.tokens_BL, &batch.positions_BL, &batch.labels_BL}) *t = t->to(device);
+  return {std::move(batch), number, 0};
+}
+
+}  // namespace
+
+data::LoaderConfig train_loader_config(const Run& run, const World& world) {
+  data::LoaderConfig config;
+  config.files = run.data.train.values;
+  config.max_length = run.data.max_length;
+  config.packing = run.data.packing ? data::Packing::kOn : data::Packing::kOff;
+  config.shuffle = run.data.shuffle ? data::Shuffle::kOn : data::Shuffle::kOff;
+  config.seed = static_cast<uint64_t>(run.train.seed);
+  config.rows_per_lane = run.train.per_device_train_batch_size;
+  config.num_local_lanes = run.train.gradient_accumulation_steps;
+  config.num_lanes = config.num_local_lanes * world.size();
+  config.first_lane = config.num_local_lanes * world.rank();
+  config.on_bad_sample = run.data.on_bad_sample == "skip" ? data::OnBadSample::kSkip : data::OnBadSample::kStop;
+  config.report = [](const data::BadSample& bad) { log::warn("skipping " + bad.reason); };
+  return config;
+}
+
+Trainer::Trainer(Workbench& bench, const Run& run)
+    : bench_(bench),
+      run_(run),
+      num_lanes_(int64_t{run.train.gradient_accumulation_steps} * bench.world.size()),
+      loader_(train_loader_config(run, bench.world)),
+      gradients_(bench.adapters->params(), bench.model->num_stages(), num_lanes_,
+                 reduction_of(run.parallel.reduction, bench.world.device)),
+      optimizer_(bench.adapters->params(), run.train.weight_decay),
+      schedule_(schedule_of(run, loader_)) {
+  const int64_t vocab = bench.model->info().vocab_size;
+  for (const auto& shard : loader_.corpus().shards()) {
+    GRAFT_CHECK(shard.vocab_size() <= vocab, ExitCode::kData, shard.path(), ": tokens of a vocabulary of ",
+                shard.vocab_size(), ", the model has ", vocab, "; prepare the data with this model's tokenizer");
+  }
+}
+
+void Trainer::restore(const TrainState& state) {
+  state_ = state;
+  loader_.seek(state.cursor);
+}
+
+std::vector<models::Lane> Trainer::next_lanes() {
+  data::Loader::Step step = loader_.next();
+  data_wait_ms_ = loader_.last_wait_ms();
+  state_.cursor = step.next;
+  std::vector<models::Lane> lanes;
+  const int64_t first = bench_.world.rank() * static_cast<int64_t>(step.lanes.size());
+  for (data::Batch& batch : step.lanes) {
+    const int64_t number = first + static_cast<int64_t>(lanes.size());
+    lanes.push_back(on_device(std::move(batch), number, bench_.world.device));
+  }
+  return lanes;
+}
+
+/// Lane by lane in order, so the sum has the same bits at any world size. The wish to stop travels along.
+Trainer::Sums Trainer::sum_over_ranks(const std::vector<models::Lane>& lanes, bool stop_requested) {
+  const auto count = static_cast<int64_t>(lanes.size());
+  const Tensor mine = at::empty({count, 4}, at::kDouble);
+  for (int64_t l = 0; l < count; ++l) {
+    const models::Lane& lane = lanes[static_cast<size_t>(l)];
+    double* row = mine.mutable_data_ptr<double>() + l * 4;
+    row[0] = lane.loss_sum;
+    row[1] = static_cast<double>(lane.batch.num_targets);
+    row[2] = static_cast<double>(lane.batch.num_tokens);
+    row[3] = stop_requested ? 1 : 0;
+  }
+  Tensor all = at::empty({num_lanes_, 4}, at::kDouble);
+  bench_.world.host->all_gather(mine, all, dist::Traffic::kControl, state_.step)->wait();
+  Sums sums;
+  for (int64_t l = 0; l < num_lanes_; ++l) {
+    const double* row = all.const_data_ptr<double>() + l * 4;
+    sums.loss += row[0], sums.targets += row[1], sums.tokens += row[2];
+    sums.stop = sums.stop || row[3] != 0;
+  }
+  return sums;
+}
+
+/// Three steps in a row without finite gradients end the run; one is left out by all ranks alike.
+bool Trainer::finite(double grad_norm) {
+  if (std::isfinite(grad_norm)) {
+    state_.non_finite_in_a_row = 0;
+    return true;
+  }
+  const int64_t bad = kernels::first_non_finite(gradients_.flat());
+  const std::string where = bad < 0 ? "the loss" : "the gradient of " + gradients_.where(bad);
+  const std::string text = detail::concat("step ", state_.step + 1, ": ", where, " is not finite");
+  GRAFT_CHECK(++state_.non_finite_in_a_row < kMostNonFinite, ExitCode::kNumerics, text, ", ", kMostNonFinite,
+              " steps in a row; lower train.learning_rate or look at the data. The last checkpoint is untouched.");
+  log::warn(text + "; the step is left out");
+  return false;
+}
+
+StepResult Trainer::train_step(bool stop_requested) {
+  std::vector<models::Lane> lanes = next_lanes();
+  models::TrunkOptions options;
+  options.recompute = run_.train.gradient_checkpointing ? models::Recompute::kOn : models::Recompute::kOff;
+  options.random = kernels::derive({static_cast<uint64_t>(run_.train.seed), 1}, state_.step);
+  options.lowest_trained = bench_.adapters->params().lowest_stage();
+
+  const auto per_sweep = static_cast<size_t>(run_.parallel.lanes_per_gather.value.value_or(static_cast<int>(lanes.size())));
+  for (size_t first = 0; first < lanes.size(); first += per_sweep) {
+    const std::span sweep = std::span(lanes).subspan(first, std::min(per_sweep, lanes.size() - first));
+    bench_.trunk->sweep(sweep, gradients_, options);
+  }
+  const Sums sums = sum_over_ranks(lanes, stop_requested);
+  gradients_.reduce(bench_.world.comm(), std::max(1.0, sums.targets));
+
+  const peft::StepInfo info{state_.step, schedule_.max_steps};
+  StepResult result;
+  result.learning_rate = schedule_(state_.step);
+  bench_.adapters->after_reduce(info);
+  result.loss = sums.loss / std::max(1.0, sums.targets);
+  result.grad_norm = std::sqrt(kernels::sum_of_squares(gradients_.flat()));
+  const bool usable = sums.targets > 0 && finite(result.grad_norm + result.loss);
+  if (usable) {
+    const double limit = run_.train.max_grad_norm;
+    if (limit > 0 && result.grad_norm > limit) gradients_.flat().mul_(limit / (result.grad_norm + 1e-6));
+    optimizer_.step(gradients_.of(), result.learning_rate);
+    bench_.adapters->after_step(info);
+  }
+  ++state_.step;
+  state_.tokens += static_cast<int64_t>(sums.tokens);
+  result.skipped = !usable;
+  result.tokens = static_cast<int64_t>(sums.tokens);
+  result.targets = static_cast<int64_t>(sums.targets);
+  result.stop_requested = sums.stop;
+  result.epoch = loader_.fractional_epoch();
+  result.data_wait_ms = data_wait_ms_;
+  return result;
+}
+
+}  // namespace graft::launcher

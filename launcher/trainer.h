@@ -1,0 +1,77 @@
+// Trainer: owns what a run trains with and spells the step.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "data/loader.h"
+#include "launcher/gradients.h"
+#include "launcher/optim/adamw.h"
+#include "launcher/optim/schedule.h"
+#include "launcher/workbench.h"
+
+namespace graft::launcher {
+
+struct StepResult {
+  double loss = 0;         ///< mean over the step's target tokens, all ranks
+  double grad_norm = 0;    ///< before clipping
+  double learning_rate = 0;
+  int64_t tokens = 0;      ///< tokens of the step that are not padding, all ranks
+  int64_t targets = 0;
+  double epoch = 0;
+  double data_wait_ms = 0;
+  bool skipped = false;    ///< no target in the step, or gradients that are not finite
+  bool stop_requested = false;  ///< some rank was asked to end
+};
+
+/// Everything beside the adapters that decides how a run goes on.
+struct TrainState {
+  int64_t step = 0;        ///< optimiser steps done
+  data::Cursor cursor;
+  int64_t tokens = 0;      ///< seen so far
+  int64_t non_finite_in_a_row = 0;
+  double best_eval_loss = 0;
+  int64_t best_step = -1;  ///< of best_eval_loss; -1: none yet
+};
+
+class Trainer {
+ public:
+  /// Opens the data. Collective.
+  Trainer(Workbench& bench, const Run& run);
+
+  /// @param stop_requested  this rank was asked to end; agreed with the others inside the step
+  StepResult train_step(bool stop_requested);
+
+  int64_t max_steps() const { return schedule_.max_steps; }
+  int64_t num_lanes() const { return num_lanes_; }
+  TrainState& state() { return state_; }
+  AdamW& optimizer() { return optimizer_; }
+  data::Loader& loader() { return loader_; }
+  /// Continues after `state`: the data position follows it.
+  void restore(const TrainState& state);
+
+ private:
+  struct Sums {
+    double loss = 0, targets = 0, tokens = 0;
+    bool stop = false;
+  };
+  std::vector<models::Lane> next_lanes();
+  Sums sum_over_ranks(const std::vector<models::Lane>& lanes, bool stop_requested);
+  bool finite(double grad_norm);
+
+  Workbench& bench_;
+  const Run& run_;
+  int64_t num_lanes_;
+  data::Loader loader_;
+  Gradients gradients_;
+  AdamW optimizer_;
+  Schedule schedule_;
+  TrainState state_;
+  double data_wait_ms_ = 0;
+};
+
+/// How the files, rows and lanes of a run become a loader's configuration.
+data::LoaderConfig train_loader_config(const Run& run, const World& world);
+
+}  // namespace graft::launcher

@@ -1,0 +1,103 @@
+#include "launcher/workbench.h"
+
+#include <ATen/ATen.h>
+
+#include <chrono>
+
+#include "configs/check.h"
+#include "configs/log.h"
+#include "launcher/progress.h"
+#include "models/base.h"
+#include "models/io/open_source.h"
+#include "models/load.h"
+#include "models/names.h"
+
+namespace graft::launcher {
+namespace {
+
+models::Quantization quantization_of(const std::string& name) {
+  if (name == "nf4") return models::Quantization::kNf4;
+  if (name == "fp4") return models::Quantization::kFp4;
+  return name == "int8" ? models::Quantization::kInt8 : models::Quantization::kNone;
+}
+
+/// `auto` is `world`: the placement by memory belongs to the planner. `node` is the group of one host.
+std::unique_ptr<dist::Comm> make_shard_comm(const World& world, const std::string& shard) {
+  if (shard == "replicate" && world.size() > 1) return dist::make_single_comm();
+  GRAFT_CHECK(shard != "node" || world.topology.num_nodes == 1, "parallel.shard: node needs all ranks on one node here; use world");
+  return nullptr;
+}
+
+class LoadedWeights : public peft::BaseWeights {
+ public:
+  LoadedWeights(models::Model& model, dist::BlockStore& store) : store_(store) {
+    struct Collect : models::Visitor {
+      std::map<std::string, models::Weight*>& weights;
+      explicit Collect(std::map<std::string, models::Weight*>& w) : weights(w) {}
+      void weight(const std::string& name, models::Weight& w) override { weights[name] = &w; }
+    } collect(weights_);
+    for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, collect);
+  }
+  at::Tensor weight(const peft::LinearSite& site) override {
+    // A head without a matrix of its own shares the embedding's.
+    return copy(weights_.contains(site.name + ".weight") ? site.name + ".weight" : "embed.weight");
+  }
+  at::Tensor bias(const peft::LinearSite& site) override { return copy(site.name + ".bias"); }
+
+ private:
+  at::Tensor copy(const std::string& name) {
+    const models::Weight& w = *weights_.at(name);
+    const dist::Pin pin(store_, w.block());
+    return w.dense().to(at::kFloat, false, true);
+  }
+  dist::BlockStore& store_;
+  std::map<std::string, models::Weight*> weights_;
+};
+
+void load_base(Workbench& bench, const RunConfig& config) {
+  models::LoadOptions options;
+  options.quantization = quantization_of(config.model.quantization);
+  options.double_quantization = config.model.double_quantization;
+  options.compute_dtype = bench.dtype;
+  const auto source = config.model.weights == "random"
+                          ? models::random_source(*bench.model, static_cast<uint64_t>(config.train.seed))
+                          : models::io::open_source(config.model.name_or_path);
+  Progress progress("loading " + source->describe());
+  options.progress = [&](int64_t done, int64_t total) { progress.update(done, total); };
+  auto hashes = models::load_weights(*bench.model, *bench.store, *source, options);
+  progress.finish();
+  // The ranks shared the tensors out; all of them make the fingerprint, wherever the shards went.
+  std::string mine;
+  for (const auto& h : hashes) mine += h.name + " " + h.hash + "\n";
+  std::vector<models::SourceHash> all;
+  for (const std::string& text : dist::gather_texts(*bench.world.host, mine)) {
+    std::istringstream in(text);
+    for (models::SourceHash h; in >> h.name >> h.hash;) {
+      const bool seen = std::any_of(all.begin(), all.end(), [&](const auto& o) { return o.name == h.name; });
+      if (!seen) all.push_back(h);
+    }
+  }
+  bench.fingerprint = models::fingerprint(std::move(all));
+}
+
+}  // namespace
+
+std::unique_ptr<peft::BaseWeights> Workbench::base_weights() {
+  return std::make_unique<LoadedWeights>(*model, *store);
+}
+
+Workbench build_workbench(World& world, Run& config) {
+  Workbench bench{world, compute_dtype(config.model.dtype, world.device), {}, {}, {}, {}, {}, {}};
+  bench.model = models::make_model(models::read_base_config(config.model.name_or_path));
+  bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device, static_cast<uint64_t>(config.train.seed));
+  for (const std::string& directory : config.model.adapters.values) bench.adapters->attach_frozen(directory);
+  bench.adapters->attach(config.peft);
+  bench.shard_comm = make_shard_comm(world, config.parallel.shard);
+  bench.store = std::make_unique<dist::BlockStore>(bench.shard_comm ? *bench.shard_comm : world.comm(), world.device);
+  load_base(bench, config);
+  bench.adapters->initialize(*bench.base_weights());
+  bench.trunk = std::make_unique<models::Trunk>(*bench.model, *bench.store);
+  return bench;
+}
+
+}  // namespace graft::launcher

@@ -1,0 +1,128 @@
+// Hugging Face config.json, of transformers 4 or 5, to LlamaConfig.
+#include <nlohmann/json.hpp>
+
+#include "configs/check.h"
+#include "models/llama/llama.h"
+
+namespace graft::models {
+namespace {
+
+using Json = nlohmann::json;
+
+const Json* field(const Json& object, const char* name) {
+  const auto it = object.find(name);
+  return it == object.end() || it->is_null() ? nullptr : &*it;
+}
+
+template <class T>
+T get(const Json& object, const char* name, T fallback) {
+  const Json* value = field(object, name);
+  if (value == nullptr) return fallback;
+  const bool fits = std::is_same_v<T, bool>     ? value->is_boolean()
+                    : std::is_same_v<T, double> ? value->is_number()
+                    : std::is_integral_v<T>     ? value->is_number_integer()
+                                                : value->is_string();
+  GRAFT_CHECK(fits, ExitCode::kData, "model config: ", name, " = ", value->dump(), " has the wrong type");
+  return value->get<T>();
+}
+
+int64_t size(const Json& config, const char* name, int64_t fallback = 0) {
+  constexpr int64_t kMost = int64_t{1} << 24;  // wider than any model; products of three stay in 64 bits
+  const auto value = get<int64_t>(config, name, fallback);
+  GRAFT_CHECK(value > 0 && value <= kMost, ExitCode::kData, "model config: ", name, " = ", value,
+              ", expected 1 to ", kMost);
+  return value;
+}
+
+std::vector<double> numbers(const Json& object, const char* name) {
+  const Json* value = field(object, name);
+  if (value == nullptr) return {};
+  GRAFT_CHECK(value->is_array(), ExitCode::kData, "model config: ", name, " is not a list");
+  std::vector<double> out;
+  for (const Json& x : *value) {
+    GRAFT_CHECK(x.is_number(), ExitCode::kData, "model config: ", name, " holds ", x.dump());
+    out.push_back(x.get<double>());
+  }
+  return out;
+}
+
+/// transformers 5 has one dict, rope_parameters; 4 has rope_theta and rope_scaling with `rope_type` or `type`.
+RopeConfig read_rope(const Json& config) {
+  const Json* nested = field(config, "rope_parameters");
+  if (nested == nullptr) nested = field(config, "rope_scaling");
+  const Json scaling = nested == nullptr ? Json::object() : *nested;
+  GRAFT_CHECK(scaling.is_object(), ExitCode::kData, "model config: rope_scaling is not an object");
+  GRAFT_CHECK(get(scaling, "partial_rotary_factor", 1.0) == 1.0, ExitCode::kData,
+              "model config: partial_rotary_factor other than 1 is not in this family");
+  RopeConfig rope;
+  rope.theta = get(scaling, "rope_theta", get(config, "rope_theta", 10000.0));
+  rope.type = get<std::string>(scaling, "rope_type", get<std::string>(scaling, "type", "default"));
+  rope.factor = get(scaling, "factor", 1.0);
+  rope.original_length = get<int64_t>(scaling, "original_max_position_embeddings",
+                                      get<int64_t>(config, "original_max_position_embeddings", 0));
+  rope.low_freq_factor = get(scaling, "low_freq_factor", 1.0);
+  rope.high_freq_factor = get(scaling, "high_freq_factor", 4.0);
+  rope.beta_fast = get(scaling, "beta_fast", 32.0);
+  rope.beta_slow = get(scaling, "beta_slow", 1.0);
+  rope.attention_factor = get(scaling, "attention_factor", 0.0);
+  rope.mscale = get(scaling, "mscale", 0.0);
+  rope.mscale_all_dim = get(scaling, "mscale_all_dim", 0.0);
+  rope.truncate = get(scaling, "truncate", true);
+  rope.short_factor = numbers(scaling, "short_factor");
+  rope.long_factor = numbers(scaling, "long_factor");
+  return rope;
+}
+
+/// Window of each layer. Mistral: all. Qwen: off unless use_sliding_window, then from max_window_layers on.
+std::vector<int64_t> read_windows(const Json& config, const LlamaConfig& c) {
+  std::vector<int64_t> windows(static_cast<size_t>(c.num_hidden_layers), 0);
+  const auto width = get<int64_t>(config, "sliding_window", 0);
+  const bool qwen = c.model_type.starts_with("qwen");
+  if (width == 0 || c.model_type == "llama" || (qwen && !get(config, "use_sliding_window", false))) {
+    return windows;
+  }
+  const Json* types = field(config, "layer_types");
+  const auto from = qwen ? get<int64_t>(config, "max_window_layers", 28) : 0;
+  for (size_t i = 0; i < windows.size(); ++i) {
+    const bool slides = types != nullptr && types->is_array() && i < types->size()
+                            ? (*types)[i] == "sliding_attention"
+                            : static_cast<int64_t>(i) >= from;
+    if (slides) windows[i] = width;
+  }
+  return windows;
+}
+
+}  // namespace
+
+LlamaConfig LlamaConfig::from_json(const Json& config) {
+  LlamaConfig c;
+  c.model_type = get<std::string>(config, "model_type", "llama");
+  c.hidden_size = size(config, "hidden_size");
+  c.num_hidden_layers = size(config, "num_hidden_layers");
+  c.num_attention_heads = size(config, "num_attention_heads");
+  c.num_key_value_heads = size(config, "num_key_value_heads", c.num_attention_heads);
+  c.head_dim = size(config, "head_dim", c.hidden_size / c.num_attention_heads);
+  c.intermediate_size = size(config, "intermediate_size");
+  c.vocab_size = size(config, "vocab_size");
+  c.max_position_embeddings = size(config, "max_position_embeddings", 2048);
+  GRAFT_CHECK(c.num_hidden_layers <= 10000, ExitCode::kData, "model config: num_hidden_layers = ",
+              c.num_hidden_layers);
+  GRAFT_CHECK(c.num_attention_heads % c.num_key_value_heads == 0, ExitCode::kData,
+              "model config: num_attention_heads = ", c.num_attention_heads,
+              " is not a multiple of num_key_value_heads = ", c.num_key_value_heads);
+  GRAFT_CHECK(c.head_dim % 2 == 0, ExitCode::kData, "model config: head_dim = ", c.head_dim, " is odd");
+  const auto act = get<std::string>(config, "hidden_act", "silu");
+  GRAFT_CHECK(act == "silu" || act == "swish", ExitCode::kData, "model config: hidden_act = ", act,
+              ", this family has silu");
+  c.rms_norm_eps = get(config, "rms_norm_eps", 1e-6);
+  c.rope = read_rope(config);
+  c.tie_word_embeddings = get(config, "tie_word_embeddings", false);
+  c.qkv_bias = get(config, "attention_bias", c.model_type == "qwen2");
+  c.o_bias = c.model_type == "llama" || c.model_type == "qwen3" ? c.qkv_bias : false;
+  c.mlp_bias = get(config, "mlp_bias", false);
+  c.qk_norm = c.model_type == "qwen3";
+  c.window = read_windows(config, c);
+  return c;
+}
+
+}  // namespace graft::models

@@ -1,0 +1,197 @@
+#include "models/load.h"
+
+#include <ATen/ATen.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <array>
+#include <set>
+
+#include "configs/check.h"
+#include "models/names.h"
+
+namespace graft::models {
+namespace {
+
+/// One weight of the model and where it comes from.
+struct Item {
+  std::string name;
+  Weight* weight = nullptr;
+  int block = 0;
+  const io::SourceTensor* source = nullptr;
+  Transform transform = Transform::kIdentity;
+};
+
+struct Collect : Visitor {
+  std::vector<Item> items;
+  int block = 0;
+  void weight(const std::string& name, Weight& w) override { items.push_back({name, &w, block}); }
+};
+
+std::vector<Item> weights_of(Model& model) {
+  Collect collect;
+  for (collect.block = 0; collect.block < model.num_blocks(); ++collect.block) {
+    model.visit_weights(collect.block, collect);
+  }
+  return collect.items;
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (const int64_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
+  return text + "]";
+}
+
+std::string list(const std::string& title, const std::vector<std::string>& lines) {
+  constexpr size_t kShown = 10;
+  if (lines.empty()) return "";
+  std::string text = "\n" + title + " (" + std::to_string(lines.size()) + "):";
+  for (size_t i = 0; i < std::min(kShown, lines.size()); ++i) text += "\n  " + lines[i];
+  return lines.size() > kShown ? text + "\n  ..." : text;
+}
+
+/// Finds each weight's source tensor; both sides must be used up.
+void match(std::vector<Item>& items, const NameMap& names, const io::TensorSource& source) {
+  const bool gguf = source.find("token_embd.weight") != nullptr;
+  std::vector<std::string> missing, unknown, differ;
+  std::set<std::string, std::less<>> used;
+  for (Item& item : items) {
+    const auto found = gguf ? names.to_gguf(item.name) : names.to_hf(item.name);
+    GRAFT_ASSERT(found.has_value(), "no name for ", item.name);
+    item.source = source.find(found->name);
+    item.transform = found->transform;
+    if (item.source == nullptr) {
+      missing.push_back(found->name);
+      continue;
+    }
+    used.insert(found->name);
+    if (item.source->shape != item.weight->shape()) {
+      differ.push_back(found->name + " is " + shape_text(item.source->shape) + ", the config says " +
+                       shape_text(item.weight->shape()));
+    }
+  }
+  for (const io::SourceTensor& t : source.tensors()) {
+    if (!used.contains(t.name) && !names.dropped(t.name)) unknown.push_back(t.name);
+  }
+  GRAFT_CHECK(missing.empty() && unknown.empty() && differ.empty(), ExitCode::kData, source.describe(),
+              ": tensors and model config do not agree", list("not in the file", missing),
+              list("not known to this family", unknown), list("other shape", differ));
+}
+
+WeightFormat format_of(const Item& item, const LoadOptions& options) {
+  using Kind = WeightFormat::Kind;
+  if (item.weight->use() == WeightUse::kMatrix && options.quantization != Quantization::kNone) {
+    const Kind kind = options.quantization == Quantization::kNf4   ? Kind::kNf4
+                      : options.quantization == Quantization::kFp4 ? Kind::kFp4
+                                                                   : Kind::kInt8;
+    return {kind, kind != Kind::kInt8 && options.double_quantization};
+  }
+  // Sixteen bits stay sixteen bits: they convert exactly where they are used. All else takes the compute dtype.
+  if (item.source->dtype == "BF16") return {Kind::kDense, false, at::kBFloat16};
+  if (item.source->dtype == "F16") return {Kind::kDense, false, at::kHalf};
+  return {Kind::kDense, false, options.compute_dtype};
+}
+
+/// Gives every weight its bytes in the store.
+void lay_out(const std::vector<Item>& items, Model& model, dist::BlockStore& store,
+             const LoadOptions& options) {
+  constexpr int64_t kAlignment = 64;
+  for (const int buffers : model.pools()) store.add_pool(buffers);
+  std::vector<int64_t> bytes(static_cast<size_t>(model.num_blocks()), 0);
+  for (const Item& item : items) {
+    int64_t& end = bytes[static_cast<size_t>(item.block)];
+    const int64_t size = item.weight->set_format(format_of(item, options), options.compute_dtype);
+    item.weight->place(store, item.block, end);
+    end += (size + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  for (int b = 0; b < model.num_blocks(); ++b) {
+    store.add_block(bytes[static_cast<size_t>(b)], model.block(b).pool);
+  }
+  store.allocate();
+}
+
+/// llama.cpp rotates neighbours, Hugging Face halves: rows [heads, K/2, 2] become [heads, 2, K/2].
+Tensor permute_rope(const Tensor& w, int64_t head_dim) {
+  return w.unflatten(0, {-1, head_dim / 2, 2}).transpose(1, 2).flatten(0, 2).contiguous();
+}
+
+std::string hash_of(const Tensor& bytes) {
+  const XXH128_hash_t h = XXH3_128bits(bytes.const_data_ptr(), bytes.nbytes());
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, h);
+  std::string hex;
+  for (const unsigned char c : canonical.digest) {
+    constexpr std::array<char, 17> kDigits{"0123456789abcdef"};
+    hex += {kDigits[c >> 4U], kDigits[c & 15U]};
+  }
+  return hex;
+}
+
+/// The payload of one weight, and the hash of what it came from.
+std::pair<Tensor, std::string> read(const Item& item, io::TensorSource& source, int64_t head_dim,
+                                    const LoadOptions& options) {
+  const WeightFormat& format = item.weight->format();
+  const bool same_codes = (format.kind == WeightFormat::Kind::kNf4 && item.source->dtype == "nf4") ||
+                          (format.kind == WeightFormat::Kind::kFp4 && item.source->dtype == "fp4");
+  if (same_codes && !options.prepare_weight) {
+    const auto four_bit = source.read_four_bit(item.source->name);
+    if (four_bit && four_bit->nested() == format.nested) {
+      kernels::FourBitCodes codes{format.kind == WeightFormat::Kind::kNf4 ? kernels::FourBitType::kNf4
+                                                                          : kernels::FourBitType::kFp4,
+                                  four_bit->codes, four_bit->absmax, four_bit->nested_absmax,
+                                  four_bit->nested_offset, {}};
+      GRAFT_CHECK(!four_bit->nested() || at::equal(four_bit->nested_code, kernels::dynamic_map()),
+                  ExitCode::kData, source.describe(), ": ", item.source->name,
+                  " has a nested_quant_map that is not bitsandbytes' dynamic map");
+      return {item.weight->encode(codes), hash_of(codes.codes.contiguous())};
+    }
+  }
+  Tensor dense = source.read(item.source->name).contiguous();
+  std::string hash = hash_of(dense);
+  if (item.transform != Transform::kIdentity) dense = permute_rope(dense, head_dim);
+  if (options.prepare_weight && item.weight->use() == WeightUse::kMatrix) {
+    dense = options.prepare_weight(item.name, dense);
+  }
+  return {item.weight->encode(dense), std::move(hash)};
+}
+
+}  // namespace
+
+std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store, io::TensorSource& source,
+                                     const LoadOptions& options) {
+  std::vector<Item> items = weights_of(model);
+  match(items, model.names(), source);
+  lay_out(items, model, store, options);
+  int64_t done = 0, total = 0;
+  for (const Item& item : items) total += item.source->file_bytes;
+  std::vector<SourceHash> hashes;
+  // In rounds of one tensor a rank: all ranks read and quantise at once, then send in turn.
+  const auto world = static_cast<size_t>(store.world());
+  for (size_t first = 0; first < items.size(); first += world) {
+    Tensor mine;
+    const size_t own = first + static_cast<size_t>(store.rank());
+    if (own < items.size()) {
+      auto [payload, hash] = read(items[own], source, model.info().head_dim, options);
+      mine = std::move(payload);
+      hashes.push_back({items[own].source->name, std::move(hash)});
+    }
+    for (size_t i = first; i < std::min(first + world, items.size()); ++i) {
+      const Weight& w = *items[i].weight;
+      store.scatter(w.block(), w.offset(), w.payload_bytes(), i == own ? mine : Tensor(),
+                    static_cast<int>(i - first));
+      done += items[i].source->file_bytes;
+    }
+    if (options.progress) options.progress(done, total);
+  }
+  return hashes;
+}
+
+std::string fingerprint(std::vector<SourceHash> hashes) {
+  std::sort(hashes.begin(), hashes.end(),
+            [](const SourceHash& a, const SourceHash& b) { return a.name < b.name; });
+  std::string text;
+  for (const SourceHash& h : hashes) text += h.name + " " + h.hash + "\n";
+  return hash_of(at::from_blob(text.data(), {static_cast<int64_t>(text.size())}, at::kByte));
+}
+
+}  // namespace graft::models

@@ -1,0 +1,44 @@
+// Loading a base: which tensors a model needs, who reads which, how they become bytes in the BlockStore.
+// Ranks share the tensors out; a tensor is read and quantised whole by one rank, which sends the shards, so host memory
+// holds the store and, on each rank, one tensor (dense and encoded) at a time.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dist/block_store.h"
+#include "models/io/source.h"
+#include "models/model.h"
+
+namespace graft::models {
+
+enum class Quantization { kNone, kNf4, kFp4, kInt8 };
+
+struct LoadOptions {
+  Quantization quantization = Quantization::kNf4;
+  bool double_quantization = true;
+  at::ScalarType compute_dtype = at::ScalarType::Float;
+  /// Shown every matrix before it is quantised; may return what to store instead.
+  std::function<Tensor(const std::string& name, Tensor dense)> prepare_weight;
+  std::function<void(int64_t done, int64_t total)> progress;  ///< bytes of the source
+};
+
+/// A tensor's name and the XXH3-128 of its source bytes, for the base's fingerprint.
+struct SourceHash {
+  std::string name, hash;
+};
+
+/// Lays the model's weights out in the store, reads them and checks that source and model agree.
+/// Collective over the store's ranks.
+/// @return the hashes of the tensors this rank read
+/// @throws graft::Error (kData) with three lists: tensors not known, weights not filled, shapes that differ
+std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store, io::TensorSource& source,
+                                     const LoadOptions& options);
+
+/// One hash for a base, whatever the world size or quantiser: over all tensors in the order of their names.
+std::string fingerprint(std::vector<SourceHash> hashes);
+
+}  // namespace graft::models

@@ -1,0 +1,112 @@
+// The seam between models and methods: seven kinds of slot. A slot is around advice: an adapter gets the input, the
+// thing it wraps and the Pass, and returns the output, so additive, multiplicative, inserted and replacing methods
+// share one signature and stacking two methods is nesting: the last one attached is the outermost.
+// Models hold Slots and know no method; methods (peft/) derive adapters and know no model.
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/nn/module.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "models/pass.h"
+
+namespace graft::models {
+
+template <class A>
+class Slot {
+ public:
+  bool empty() const { return adapters_.empty(); }
+  void push(std::shared_ptr<A> adapter) { adapters_.push_back(std::move(adapter)); }
+  void clear() { adapters_.clear(); }
+  const std::vector<std::shared_ptr<A>>& adapters() const { return adapters_; }
+
+ private:
+  std::vector<std::shared_ptr<A>> adapters_;
+};
+
+enum class LinearKind { kLinear, kEmbedding };
+
+/// What a method may know of a matrix before any weight is loaded.
+struct LinearInfo {
+  std::string name;  ///< "block.3.attn.q"; its role is the tail, "attn.q"
+  int64_t in = 0, out = 0;
+  bool has_bias = false;
+  LinearKind kind = LinearKind::kLinear;
+};
+
+/// What a LinearAdapter wraps: the frozen matrix, or the adapters below it.
+class LinearOp {
+ public:
+  virtual ~LinearOp() = default;
+  /// x [..., in] -> [..., out]; for an embedding x holds token numbers and the result is [..., D].
+  virtual Tensor operator()(const Tensor& x) const = 0;
+  /// The dense matrix [out, in] (embedding: [V, D]) with everything below merged in.
+  virtual Tensor weight() const = 0;
+};
+
+/// Placed at every linear, embedding and head: attn.{q,k,v,o}, mlp.{gate,up,down}, embed, head.
+class LinearAdapter : public torch::nn::Module {
+ public:
+  virtual Tensor forward(const Tensor& x, const LinearOp& base, const Pass& pass) = 0;
+  virtual bool mergeable() const { return false; }
+  /// The matrix that alone does what base and adapter do; `w` is not changed.
+  virtual Tensor merged(const Tensor& w) const;
+};
+
+/// Placed around attention, MLP and whole blocks: attn, mlp, block.
+class SublayerAdapter : public torch::nn::Module {
+ public:
+  using Sublayer = std::function<Tensor(const Tensor& h_BLD)>;
+  virtual Tensor forward(const Tensor& h_BLD, const Sublayer& sublayer, const Pass& pass) = 0;
+};
+
+/// Placed around softmax(q k^T) v: attn.core. q [B, H, L, K]; k and v [B, heads of k, L', K].
+class AttentionAdapter : public torch::nn::Module {
+ public:
+  using Core = std::function<Tensor(const Tensor& q, const Tensor& k, const Tensor& v)>;
+  virtual Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Core& core,
+                         const Pass& pass) = 0;
+};
+
+/// Placed before the first block and before each: input, block.input. Must be pure: recompute calls it again.
+class SequenceAdapter : public torch::nn::Module {
+ public:
+  virtual Carry edit(Carry carry, const Pass& pass) = 0;
+};
+
+/// Placed on single tensors: norm.* (a norm's output), block.out, logits.
+class TensorAdapter : public torch::nn::Module {
+ public:
+  virtual Tensor forward(const Tensor& t, const Pass& pass) = 0;
+};
+
+/// Placed around each stage: side networks whose state rides in the carry.
+class CarryAdapter : public torch::nn::Module {
+ public:
+  using Stage = std::function<Carry(Carry)>;
+  virtual Carry forward(Carry carry, const Stage& stage, const Pass& pass) = 0;
+};
+
+/// Placed at the loss: a sum over the lane's targets, added to the loss sum.
+class LossAdapter : public torch::nn::Module {
+ public:
+  virtual Tensor term(const Carry& carry, const Pass& pass) = 0;
+};
+
+/// Runs `base` through the adapters of a slot, innermost first.
+Tensor run(const Slot<LinearAdapter>& slot, const LinearOp& base, const Tensor& x, const Pass& pass);
+Tensor run(const Slot<SublayerAdapter>& slot, const Tensor& h_BLD,
+           const SublayerAdapter::Sublayer& sublayer, const Pass& pass);
+Tensor run(const Slot<AttentionAdapter>& slot, const Tensor& q, const Tensor& k, const Tensor& v,
+           const AttentionAdapter::Core& core, const Pass& pass);
+Carry run(const Slot<SequenceAdapter>& slot, Carry carry, const Pass& pass);
+Tensor run(const Slot<TensorAdapter>& slot, Tensor t, const Pass& pass);
+Carry run(const Slot<CarryAdapter>& slot, Carry carry, const CarryAdapter::Stage& stage,
+          const Pass& pass);
+
+}  // namespace graft::models

@@ -1,0 +1,180 @@
+#include "models/trunk.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <optional>
+
+namespace graft::models {
+namespace {
+
+/// The same values as new leaves of a graph. Integer tensors and the lowest stage's input need no gradient.
+Carry leaf(const Carry& carry, bool needs_grad) {
+  Carry out = carry;
+  for (Tensor& t : out.tensors) t = t.detach().set_requires_grad(needs_grad && t.is_floating_point());
+  return out;
+}
+
+/// The gradients of one stage alone: returns those of its parameters; `inputs` become their own gradients.
+std::vector<Tensor> pull(const std::vector<Tensor>& outputs, const std::vector<Tensor>& output_grads,
+                         std::vector<Tensor>& inputs, const std::vector<Tensor>& parameters) {
+  std::vector<Tensor> roots, root_grads, leaves = inputs;
+  for (size_t t = 0; t < outputs.size(); ++t) {
+    if (!outputs[t].requires_grad() || !output_grads[t].defined()) continue;
+    roots.push_back(outputs[t]), root_grads.push_back(output_grads[t]);
+  }
+  leaves.insert(leaves.end(), parameters.begin(), parameters.end());
+  std::vector<Tensor> grads(leaves.size());
+  if (!roots.empty() && !leaves.empty()) {
+    grads = torch::autograd::grad(roots, leaves, root_grads, std::nullopt, false, true);
+  }
+  const auto split = grads.begin() + static_cast<std::ptrdiff_t>(inputs.size());
+  inputs.assign(grads.begin(), split);
+  return {split, grads.end()};
+}
+
+}  // namespace
+
+/// The blocks of one stage, pinned; the next stage's are fetched meanwhile. Dense copies made under the pin die with it.
+class Trunk::StagePin {
+ public:
+  enum class Share { kNo, kAcrossUses };
+  StagePin(Trunk& trunk, int stage, int next_stage, Share share) : trunk_(trunk), stage_(stage) {
+    const std::vector<int> blocks = trunk.model_.blocks_of(stage);
+    const int next = next_stage < 0 ? -1 : trunk.model_.blocks_of(next_stage).front();
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      trunk.store_.pin(blocks[i], i + 1 == blocks.size() ? next : -1);
+    }
+    if (share == Share::kAcrossUses) each_weight([](const Weight& w) { w.keep(); });
+  }
+  ~StagePin() {
+    each_weight([](const Weight& w) { w.drop(); });
+    for (const int block : trunk_.model_.blocks_of(stage_)) trunk_.store_.unpin(block);
+  }
+  StagePin(const StagePin&) = delete;
+  StagePin& operator=(const StagePin&) = delete;
+
+ private:
+  template <class F>
+  void each_weight(F f) const {
+    for (const int block : trunk_.model_.blocks_of(stage_)) {
+      for (const Weight* w : trunk_.weights_[static_cast<size_t>(block)]) f(*w);
+    }
+  }
+  Trunk& trunk_;
+  int stage_;
+};
+
+/// What one lane leaves behind on its way up, and the gradient it carries down.
+struct Trunk::Trail {
+  struct Step {
+    Carry input;   ///< leaves
+    Carry output;  ///< with its graph; empty when the stage will be run again
+  };
+  Carry top;                ///< the newest output
+  std::vector<Step> steps;  ///< of the stages from the lowest trained one on
+  std::vector<Tensor> grad;  ///< of the newest step's output
+};
+
+Trunk::Trunk(Model& model, dist::BlockStore& store) : model_(model), store_(store) {
+  struct Collect : Visitor {
+    std::vector<Weight*> weights;
+    void weight(const std::string&, Weight& w) override { weights.push_back(&w); }
+  };
+  for (int b = 0; b < model_.num_blocks(); ++b) {
+    Collect collect;
+    model_.visit_weights(b, collect);
+    weights_.push_back(std::move(collect.weights));
+  }
+}
+
+Pass Trunk::pass_of(const Lane& lane, int stage, const TrunkOptions& options) const {
+  Pass pass;
+  pass.batch = &lane.batch;
+  pass.lane = lane.number;
+  pass.stage = stage;
+  pass.training = options.training;
+  pass.random = kernels::derive(options.random, lane.number);
+  return pass;
+}
+
+void Trunk::sweep(std::span<Lane> lanes, GradientSink& sink, const TrunkOptions& options) {
+  std::vector<Trail> trail(lanes.size());
+  up(lanes, trail, options);
+  down(lanes, trail, sink, options);
+}
+
+void Trunk::up(std::span<Lane> lanes, std::vector<Trail>& trail, const TrunkOptions& options) {
+  const auto share = lanes.size() > 1 ? StagePin::Share::kAcrossUses : StagePin::Share::kNo;
+  for (int i = 0; i < model_.num_stages() - 1; ++i) {
+    const StagePin pin(*this, i, i + 1, share);
+    const bool trained = i >= options.lowest_trained;
+    const bool keeps_graph = trained && options.recompute == Recompute::kOff;
+    const at::AutoGradMode grad_mode(keeps_graph);
+    for (size_t l = 0; l < lanes.size(); ++l) {
+      if (lanes[l].batch.empty()) continue;
+      const Carry input = leaf(trail[l].top, i > options.lowest_trained);
+      trail[l].top = model_.stage(i, input, pass_of(lanes[l], i, options));
+      if (trained) trail[l].steps.push_back({input, keeps_graph ? trail[l].top : Carry{}});
+    }
+  }
+}
+
+void Trunk::down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink& sink,
+                 const TrunkOptions& options) {
+  const int last = model_.num_stages() - 1;
+  const bool recompute = options.recompute == Recompute::kOn;
+  const auto share = recompute || lanes.size() > 1 ? StagePin::Share::kAcrossUses : StagePin::Share::kNo;
+  for (int i = last; i >= options.lowest_trained; --i) {
+    const StagePin pin(*this, i, i > options.lowest_trained ? i - 1 : -1, share);
+    for (size_t l = 0; l < lanes.size(); ++l) {
+      if (lanes[l].batch.empty()) {
+        sink.add(i, lanes[l], std::vector<Tensor>(sink.parameters(i).size()));
+        continue;
+      }
+      if (i == last) {
+        trail[l].steps.push_back({leaf(trail[l].top, i > options.lowest_trained), {}});
+        trail[l].top = {};
+      }
+      Trail::Step step = std::move(trail[l].steps.back());
+      trail[l].steps.pop_back();
+      if (step.output.tensors.empty()) {
+        step.output = model_.stage(i, step.input, pass_of(lanes[l], i, options));
+      }
+      if (i == last) {
+        step.output.tensors.resize(1);
+        trail[l].grad = {at::ones_like(step.output.h())};
+        lanes[l].loss_sum = step.output.h().item<double>();
+      }
+      std::vector<Tensor> inputs;
+      if (i > options.lowest_trained) inputs = step.input.tensors;
+      sink.add(i, lanes[l], pull(step.output.tensors, trail[l].grad, inputs, sink.parameters(i)));
+      trail[l].grad = std::move(inputs);
+    }
+    sink.stage_done(i);
+  }
+}
+
+std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass) {
+  const at::AutoGradMode no_grad(false);
+  const auto share = lanes.size() > 1 ? StagePin::Share::kAcrossUses : StagePin::Share::kNo;
+  std::vector<Carry> carries(lanes.size());
+  for (int i = 0; i < model_.num_stages(); ++i) {
+    const StagePin pin(*this, i, i + 1 < model_.num_stages() ? i + 1 : -1, share);
+    for (size_t l = 0; l < lanes.size(); ++l) {
+      if (lanes[l].batch.empty()) continue;
+      Pass here = pass;
+      here.batch = &lanes[l].batch;
+      here.lane = lanes[l].number;
+      here.stage = i;
+      here.random = kernels::derive(pass.random, lanes[l].number);
+      carries[l] = model_.stage(i, std::move(carries[l]), here);
+    }
+  }
+  if (pass.cache != nullptr) pass.cache->length += lanes.front().batch.tokens_BL.size(1);
+  std::vector<Tensor> out;
+  for (const Carry& carry : carries) out.push_back(carry.tensors.empty() ? Tensor() : carry.h());
+  return out;
+}
+
+}  // namespace graft::models

@@ -1,0 +1,67 @@
+// Trunk: the explicit loop over stages, stages outside and lanes inside, so that one gather of a block serves every
+// micro-batch of a sweep, up and down. No autograd graph crosses a stage; the only place that pins blocks.
+// The schedule is known on paper as layered gradient accumulation (arXiv:2106.02679).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "dist/block_store.h"
+#include "models/model.h"
+
+namespace graft::models {
+
+/// Where the trunk hands over each stage's gradients of each lane. Lanes come in increasing order within a stage.
+class GradientSink {
+ public:
+  virtual ~GradientSink() = default;
+  /// The trainable tensors that stage `i` uses, in a fixed order.
+  virtual const std::vector<Tensor>& parameters(int stage) const = 0;
+  /// One gradient a parameter; undefined means zero.
+  virtual void add(int stage, const Lane& lane, std::vector<Tensor> gradients) = 0;
+  /// All lanes of the stage were added.
+  virtual void stage_done(int stage) = 0;
+};
+
+enum class Recompute {
+  kOff,  ///< keep each stage's graph until its gradients are pulled
+  kOn,   ///< keep each stage's input only, run it again on the way down
+};
+
+struct TrunkOptions {
+  Recompute recompute = Recompute::kOff;
+  bool training = true;      ///< dropout and its like
+  kernels::Key random{};     ///< of (seed, step); each lane derives its own
+  int lowest_trained = 0;    ///< nothing is computed or gathered below it on the way down
+};
+
+class Trunk {
+ public:
+  /// Both outlive the trunk.
+  Trunk(Model& model, dist::BlockStore& store);
+
+  /// Forward and backward of all lanes: each lane's loss_sum is set, its gradients go to the sink. Lanes without a
+  /// token compute nothing but take part in every gather.
+  void sweep(std::span<Lane> lanes, GradientSink& sink, const TrunkOptions& options);
+
+  /// Forward only. @return the last stage's output for each lane; undefined for a lane without tokens.
+  /// @param pass  everything but lane, stage and batch, which the trunk fills in; a cache serves one lane only
+  std::vector<Tensor> forward(std::span<const Lane> lanes, const Pass& pass);
+
+ private:
+  class StagePin;
+  struct Trail;
+  void up(std::span<Lane> lanes, std::vector<Trail>& trail, const TrunkOptions& options);
+  void down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink& sink,
+            const TrunkOptions& options);
+  Pass pass_of(const Lane& lane, int stage, const TrunkOptions& options) const;
+
+  Model& model_;
+  dist::BlockStore& store_;
+  std::vector<std::vector<Weight*>> weights_;  ///< of each block, to end the life of their dense copies
+};
+
+}  // namespace graft::models

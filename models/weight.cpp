@@ -1,0 +1,156 @@
+#include "models/weight.h"
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+
+#include "configs/check.h"
+#include "kernels/int8/int8.h"
+
+namespace graft::models {
+namespace {
+
+using Kind = WeightFormat::Kind;
+
+constexpr int64_t kAlignment = 64;  // of the parts of a payload: a cache line, and more than any dtype needs
+constexpr int64_t kBlock = 64, kNestedBlock = 256;
+
+int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool is_four_bit(Kind kind) { return kind == Kind::kNf4 || kind == Kind::kFp4; }
+
+/// Copies a tensor's bytes into a payload.
+void put(const Tensor& payload, int64_t at, const Tensor& part) {
+  const Tensor source = part.contiguous();
+  std::memcpy(payload.mutable_data_ptr<uint8_t>() + at, source.const_data_ptr(), source.nbytes());
+}
+
+}  // namespace
+
+std::string WeightFormat::name() const {
+  switch (kind) {
+    case Kind::kNf4: return nested ? "nf4 (double quantised)" : "nf4";
+    case Kind::kFp4: return nested ? "fp4 (double quantised)" : "fp4";
+    case Kind::kInt8: return "int8";
+    case Kind::kDense: return c10::toString(dtype);
+  }
+  return "unknown";
+}
+
+int64_t Weight::numel() const {
+  int64_t n = 1;
+  for (const int64_t size : shape_) n *= size;
+  return n;
+}
+
+Weight::Parts Weight::parts() const {
+  const int64_t n = numel();
+  if (format_.kind == Kind::kDense) {
+    const int64_t end = n * static_cast<int64_t>(c10::elementSize(format_.dtype));
+    return {end, end, end, end};
+  }
+  if (format_.kind == Kind::kInt8) {
+    const int64_t scales = align(n), end = scales + shape_.front() * 4;
+    return {scales, end, end, end};
+  }
+  const int64_t blocks = ceil_div(n, kBlock), scales = align(ceil_div(n, 2));
+  if (!format_.nested) return {scales, scales + blocks * 4, scales + blocks * 4, scales + blocks * 4};
+  const int64_t nested = align(scales + blocks);
+  const int64_t offset = nested + ceil_div(blocks, kNestedBlock) * 4;
+  return {scales, nested, offset, offset + 4};
+}
+
+int64_t Weight::set_format(WeightFormat format, at::ScalarType compute_dtype) {
+  format_ = format;
+  compute_dtype_ = compute_dtype;
+  payload_bytes_ = parts().end;
+  return payload_bytes_;
+}
+
+void Weight::place(dist::BlockStore& store, int block, int64_t offset) {
+  store_ = &store;
+  block_ = block;
+  offset_ = offset;
+}
+
+Tensor Weight::encode(const Tensor& dense) const {
+  if (is_four_bit(format_.kind)) {
+    const auto type = format_.kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
+    const auto scales = format_.nested ? kernels::Scales::kNested : kernels::Scales::kPlain;
+    const Tensor w = dense.scalar_type() == at::kHalf ? dense.to(at::kFloat) : dense;
+    return encode(kernels::quantize(w.contiguous(), type, scales));
+  }
+  const Tensor payload = at::zeros({payload_bytes_}, at::kByte);
+  if (format_.kind == Kind::kInt8) {
+    const auto q = kernels::quantize_int8(dense.to(at::kFloat).contiguous());
+    put(payload, 0, q.codes), put(payload, parts().scales, q.absmax);
+  } else {
+    put(payload, 0, dense.to(format_.dtype));
+  }
+  return payload;
+}
+
+Tensor Weight::encode(const kernels::FourBitCodes& q) const {
+  GRAFT_ASSERT(is_four_bit(format_.kind) && q.nested_absmax.defined() == format_.nested, format_.name());
+  const Parts at_bytes = parts();
+  const Tensor payload = at::zeros({payload_bytes_}, at::kByte);
+  put(payload, 0, q.codes), put(payload, at_bytes.scales, q.absmax);
+  if (format_.nested) {
+    put(payload, at_bytes.nested, q.nested_absmax);
+    std::memcpy(payload.mutable_data_ptr<uint8_t>() + at_bytes.offset, &q.nested_offset, sizeof(float));
+  }
+  return payload;
+}
+
+Tensor Weight::bytes(int64_t begin, int64_t end) const {
+  return store_->bytes(block_, offset_ + begin, end - begin);
+}
+
+Tensor Weight::dense() const {
+  if (kept_copy_.defined()) return kept_copy_;
+  Tensor dense = rebuild();
+  if (kept_) kept_copy_ = dense;
+  return dense;
+}
+
+void Weight::drop() const {
+  kept_ = false;
+  kept_copy_ = Tensor();
+}
+
+Tensor Weight::rows(const Tensor& ids) const {
+  GRAFT_ASSERT(format_.kind == Kind::kDense, "rows of a table in ", format_.name());
+  const Tensor table = bytes(0, payload_bytes_).view(format_.dtype).view(shape_);
+  return at::embedding(table, ids).to(compute_dtype_);
+}
+
+Tensor Weight::rebuild() const {
+  GRAFT_ASSERT(store_ != nullptr, "weight was not loaded");
+  if (format_.kind == Kind::kDense) {
+    const Tensor stored = bytes(0, payload_bytes_).view(format_.dtype).view(shape_);
+    return stored.to(compute_dtype_, /*non_blocking=*/false, /*copy=*/use_ == WeightUse::kVector);
+  }
+  const Parts at_bytes = parts();
+  const Tensor out = at::empty(shape_, at::TensorOptions().dtype(compute_dtype_).device(bytes(0, 0).device()));
+  if (format_.kind == Kind::kInt8) {
+    kernels::dequantize_int8({bytes(0, numel()).view(at::kChar).view(shape_), bytes(at_bytes.scales, at_bytes.end)}, out);
+    return out;
+  }
+  kernels::FourBitCodes q;
+  q.type = format_.kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
+  q.codes = bytes(0, ceil_div(numel(), 2));
+  if (format_.nested) {
+    q.absmax = bytes(at_bytes.scales, at_bytes.scales + ceil_div(numel(), kBlock));
+    q.nested_absmax = bytes(at_bytes.nested, at_bytes.offset);
+    // A number the host needs: read once, when the block is first there, so later sweeps do not wait for the device.
+    if (!nested_offset_) nested_offset_ = bytes(at_bytes.offset, at_bytes.end).view(at::kFloat).item<float>();
+    q.nested_offset = *nested_offset_;
+  } else {
+    q.absmax = bytes(at_bytes.scales, at_bytes.end);
+  }
+  kernels::dequantize(q, out);
+  return out;
+}
+
+}  // namespace graft::models

@@ -1,0 +1,79 @@
+// Peft: the adapters of a run over one base: those trained, and frozen ones under them. Attaches them in order, lists
+// what is trained, saves and loads directories in HF PEFT's layout.
+#pragma once
+
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "models/io/safetensors.h"
+#include "peft/method.h"
+
+namespace graft::peft {
+
+/// What an adapter_config.json should say of the base.
+struct BaseFacts {
+  std::string name_or_path;
+  std::string task_type = "CAUSAL_LM";
+  std::string fingerprint;
+};
+
+class Peft {
+ public:
+  /// @param seed  of initial values
+  Peft(models::Model& model, at::Device device, uint64_t seed);
+
+  /// Puts a saved adapter on the model, frozen: it is live and never trained.
+  void attach_frozen(const std::string& directory);
+  /// Puts the run's methods on the model, in order, and fills params().
+  void attach(std::vector<MethodEntry>& entries);
+  /// Initial values that need the base's weights, then those of `init_from`.
+  void initialize(BaseWeights& base);
+
+  const ParamSet& params() const { return params_; }
+  const SlotMap& slots() const { return slots_; }
+  void after_reduce(const StepInfo& info);
+  void after_step(const StepInfo& info);
+
+  /// The files of one adapter.
+  struct Saved {
+    nlohmann::json config;  ///< adapter_config.json
+    models::io::NamedTensors tensors;
+  };
+  size_t num_trained() const { return trained_.size(); }
+  Saved save(size_t index, const BaseFacts& base) const;
+  /// Values of every trained parameter from an adapter directory (or its numbered parts), all or nothing.
+  void load(const std::string& directory);
+
+ private:
+  struct Trained {
+    std::string name;
+    std::shared_ptr<Method> method;
+    size_t first_param, num_params;
+    std::string init_from;
+  };
+  void load_part(const Trained& part, const std::string& directory);
+
+  models::Model& model_;
+  at::Device device_;
+  kernels::Key random_;
+  SlotMap slots_;
+  ParamSet params_;         ///< of the trained methods
+  ParamSet frozen_params_;  ///< of the frozen adapters
+  std::vector<Trained> trained_;
+  std::vector<std::shared_ptr<Method>> frozen_;
+};
+
+/// Reads adapter_config.json: the method it names, with its fields set.
+/// @throws graft::Error (kData) for a type that no method here has
+std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name);
+
+/// Copies tensors named by PEFT keys into parameters.
+/// @throws graft::Error (kData) with the missing, unknown and misshapen ones
+void copy_values(const std::vector<Param>& params, const models::io::SafetensorsFile& file);
+
+/// Name of part `index` of `count` inside an adapter directory: "" for a single method, else "0", "1" ...
+std::string part_directory(const std::string& directory, size_t index, size_t count);
+
+}  // namespace graft::peft

@@ -1,0 +1,44 @@
+// SlotMap: every slot of a model with its name, role and stage, as methods see it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "models/model.h"
+#include "models/names.h"
+
+namespace graft::peft {
+
+using at::Tensor;
+
+/// One slot: where it is and the slot itself.
+template <class A>
+struct Site {
+  std::string name;  ///< "block.3.attn.q"
+  std::string role;  ///< "attn.q"
+  int stage = 0;
+  models::Slot<A>* slot = nullptr;
+};
+
+struct LinearSite : Site<models::LinearAdapter> {
+  models::LinearInfo info;
+  int layer = -1;       ///< -1 outside of the blocks
+  std::string hf_path;  ///< "model.layers.3.self_attn.q_proj"
+};
+
+struct SlotMap {
+  explicit SlotMap(models::Model& model);
+
+  std::vector<LinearSite> linears;
+  std::vector<Site<models::SublayerAdapter>> sublayers;
+  std::vector<Site<models::AttentionAdapter>> attentions;
+  std::vector<Site<models::SequenceAdapter>> sequences;
+  std::vector<Site<models::TensorAdapter>> tensors;
+  std::vector<Site<models::CarryAdapter>> carries;
+  std::vector<Site<models::LossAdapter>> losses;
+  const models::NameMap* names = nullptr;
+
+  const LinearSite* find_linear(const std::string& name) const;
+};
+
+}  // namespace graft::peft

@@ -1,0 +1,106 @@
+#include "peft/whole_tensors.h"
+
+#include <ATen/ATen.h>
+#include <nlohmann/json.hpp>
+
+#include "configs/check.h"
+
+namespace graft::peft {
+namespace {
+
+/// y = x W'^T (+ b), or rows of W': the frozen matrix is not used at all.
+class WholeWeight : public models::LinearAdapter {
+ public:
+  WholeWeight(const LinearSite& site, at::Device device) : kind_(site.info.kind) {
+    const bool embedding = kind_ == models::LinearKind::kEmbedding;
+    weight = register_parameter(
+        "weight", at::zeros({embedding ? site.info.in : site.info.out, embedding ? site.info.out : site.info.in},
+                            at::TensorOptions().dtype(at::kFloat).device(device)));
+  }
+  Tensor forward(const Tensor& x, const models::LinearOp&, const models::Pass&) override {
+    if (kind_ == models::LinearKind::kEmbedding) return at::embedding(weight, x);
+    return at::linear(x, weight.to(x.scalar_type()));
+  }
+  bool mergeable() const override { return true; }
+  Tensor merged(const Tensor& w) const override { return weight.to(w.scalar_type()); }
+
+  Tensor weight;
+
+ private:
+  models::LinearKind kind_;
+};
+
+/// y = base(x) + (b' - b): exactly base(x) until b' has moved.
+class WholeBias : public models::LinearAdapter {
+ public:
+  WholeBias(const LinearSite& site, at::Device device) {
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+    bias = register_parameter("bias", at::zeros({site.info.out}, options));
+    frozen = register_buffer("frozen_bias", at::zeros({site.info.out}, options));
+  }
+  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
+    const Tensor y = base(x);
+    return y + (bias - frozen).to(y.scalar_type());
+  }
+
+  Tensor bias, frozen;
+};
+
+}  // namespace
+
+void WholeTensors::fields(configs::Fields& f) {
+  f("modules_to_save", modules_to_save_, "matrices trained and saved whole, in the words of target_modules");
+  f("bias", bias_, f.one_of({"none", "all", "lora_only"}), "biases trained: of every linear, or of the adapted ones");
+}
+
+void WholeTensors::attach(AttachContext& context, const std::vector<const LinearSite*>& adapted) {
+  if (!modules_to_save_.values.empty()) {
+    for (const LinearSite* site : Targets{modules_to_save_}.resolve(context.slots)) {
+      for (const LinearSite* other : adapted) {
+        GRAFT_CHECK(site != other, "peft: ", site->name, " is both in target_modules and in modules_to_save");
+      }
+      GRAFT_CHECK(!site->info.has_bias, "peft: modules_to_save: ", site->name, " has a bias, which is not supported");
+      weights_.push_back({site, std::make_shared<WholeWeight>(*site, context.device)});
+      attach_linear(context, *site, weights_.back().adapter, {{"weight", "weight"}});
+    }
+  }
+  const auto train_bias = [&](const LinearSite& site, bool is_adapted) {
+    if (!site.info.has_bias) return;
+    biases_.push_back({&site, std::make_shared<WholeBias>(site, context.device)});
+    attach_linear(context, site, biases_.back().adapter, {{"bias", is_adapted ? "base_layer.bias" : "bias"}});
+  };
+  if (bias_ == "lora_only") {
+    for (const LinearSite* site : adapted) train_bias(*site, true);
+  } else if (bias_ == "all") {
+    for (const LinearSite& site : context.slots.linears) {
+      train_bias(site, std::find(adapted.begin(), adapted.end(), &site) != adapted.end());
+    }
+  }
+}
+
+void WholeTensors::initialize(BaseWeights& base) {
+  const at::NoGradGuard no_grad;
+  for (const Copy& copy : weights_) {
+    static_cast<WholeWeight&>(*copy.adapter).weight.copy_(base.weight(*copy.site));
+  }
+  for (const Copy& copy : biases_) {
+    auto& adapter = static_cast<WholeBias&>(*copy.adapter);
+    adapter.frozen.copy_(base.bias(*copy.site));
+    adapter.bias.copy_(adapter.frozen);
+  }
+}
+
+nlohmann::json WholeTensors::to_peft_config(const SlotMap& slots) const {
+  nlohmann::json config = {{"bias", bias_}, {"modules_to_save", nullptr}};
+  std::vector<const LinearSite*> sites;
+  for (const Copy& copy : weights_) sites.push_back(copy.site);
+  if (!sites.empty()) config["modules_to_save"] = hf_targets(sites, slots);
+  return config;
+}
+
+void WholeTensors::from_peft_config(PeftConfigReader& config) {
+  config.get("modules_to_save", modules_to_save_.values);
+  config.get("bias", bias_);
+}
+
+}  // namespace graft::peft
