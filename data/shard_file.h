@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "data/column.h"
 #include "data/hdf5.h"
 
 namespace graft::data {
@@ -80,8 +81,10 @@ class TokenShard {
   int64_t vocab_size_ = 0;
   std::vector<uint64_t> offsets_;
   std::optional<ShardLabels> labels_;
-  Hdf5Handle file_, tokens_, loss_mask_;
+  Hdf5Handle file_;
+  int descriptor_ = -1;                       // libhdf5's own
   int64_t file_bytes_ = 0, modified_ns_ = 0;  // when opened
+  mutable Column tokens_, loss_mask_;         // they learn where chunks lie
 };
 
 }  // namespace graft::data

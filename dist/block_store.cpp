@@ -66,7 +66,7 @@ struct BlockStore::Impl {
   }
 
   void check_range(int block, int64_t offset, int64_t bytes) {
-    GRAFT_ASSERT(offset >= 0 && bytes >= 0 && offset + bytes <= at(block).bytes, "bytes ", offset,
+    GRAFT_ASSERT(offset >= 0 && bytes >= 0 && bytes <= at(block).bytes - offset, "bytes ", offset,
                  " to ", offset + bytes, " of block ", block, ", which has ", at(block).bytes);
   }
 

@@ -5,80 +5,14 @@
 
 #include <algorithm>
 #include <array>
-#include <set>
 
 #include "configs/check.h"
-#include "models/names.h"
+#include "models/match.h"
 
 namespace graft::models {
 namespace {
 
-/// One weight of the model and where it comes from.
-struct Item {
-  std::string name;
-  Weight* weight = nullptr;
-  int block = 0;
-  const io::SourceTensor* source = nullptr;
-  Transform transform = Transform::kIdentity;
-};
-
-struct Collect : Visitor {
-  std::vector<Item> items;
-  int block = 0;
-  void weight(const std::string& name, Weight& w) override { items.push_back({name, &w, block}); }
-};
-
-std::vector<Item> weights_of(Model& model) {
-  Collect collect;
-  for (collect.block = 0; collect.block < model.num_blocks(); ++collect.block) {
-    model.visit_weights(collect.block, collect);
-  }
-  return collect.items;
-}
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (const int64_t n : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(n);
-  return text + "]";
-}
-
-std::string list(const std::string& title, const std::vector<std::string>& lines) {
-  constexpr size_t kShown = 10;
-  if (lines.empty()) return "";
-  std::string text = "\n" + title + " (" + std::to_string(lines.size()) + "):";
-  for (size_t i = 0; i < std::min(kShown, lines.size()); ++i) text += "\n  " + lines[i];
-  return lines.size() > kShown ? text + "\n  ..." : text;
-}
-
-/// Finds each weight's source tensor; both sides must be used up.
-void match(std::vector<Item>& items, const NameMap& names, const io::TensorSource& source) {
-  const bool gguf = source.find("token_embd.weight") != nullptr;
-  std::vector<std::string> missing, unknown, differ;
-  std::set<std::string, std::less<>> used;
-  for (Item& item : items) {
-    const auto found = gguf ? names.to_gguf(item.name) : names.to_hf(item.name);
-    GRAFT_ASSERT(found.has_value(), "no name for ", item.name);
-    item.source = source.find(found->name);
-    item.transform = found->transform;
-    if (item.source == nullptr) {
-      missing.push_back(found->name);
-      continue;
-    }
-    used.insert(found->name);
-    if (item.source->shape != item.weight->shape()) {
-      differ.push_back(found->name + " is " + shape_text(item.source->shape) + ", the config says " +
-                       shape_text(item.weight->shape()));
-    }
-  }
-  for (const io::SourceTensor& t : source.tensors()) {
-    if (!used.contains(t.name) && !names.dropped(t.name)) unknown.push_back(t.name);
-  }
-  GRAFT_CHECK(missing.empty() && unknown.empty() && differ.empty(), ExitCode::kData, source.describe(),
-              ": tensors and model config do not agree", list("not in the file", missing),
-              list("not known to this family", unknown), list("other shape", differ));
-}
-
-WeightFormat format_of(const Item& item, const LoadOptions& options) {
+WeightFormat format_of(const MatchedWeight& item, const LoadOptions& options) {
   using Kind = WeightFormat::Kind;
   if (item.weight->use() == WeightUse::kMatrix && options.quantization != Quantization::kNone) {
     const Kind kind = options.quantization == Quantization::kNf4   ? Kind::kNf4
@@ -93,12 +27,12 @@ WeightFormat format_of(const Item& item, const LoadOptions& options) {
 }
 
 /// Gives every weight its bytes in the store.
-void lay_out(const std::vector<Item>& items, Model& model, dist::BlockStore& store,
+void lay_out(const std::vector<MatchedWeight>& items, Model& model, dist::BlockStore& store,
              const LoadOptions& options) {
   constexpr int64_t kAlignment = 64;
   for (const int buffers : model.pools()) store.add_pool(buffers);
   std::vector<int64_t> bytes(static_cast<size_t>(model.num_blocks()), 0);
-  for (const Item& item : items) {
+  for (const MatchedWeight& item : items) {
     int64_t& end = bytes[static_cast<size_t>(item.block)];
     const int64_t size = item.weight->set_format(format_of(item, options), options.compute_dtype);
     item.weight->place(store, item.block, end);
@@ -108,11 +42,6 @@ void lay_out(const std::vector<Item>& items, Model& model, dist::BlockStore& sto
     store.add_block(bytes[static_cast<size_t>(b)], model.block(b).pool);
   }
   store.allocate();
-}
-
-/// llama.cpp rotates neighbours, Hugging Face halves: rows [heads, K/2, 2] become [heads, 2, K/2].
-Tensor permute_rope(const Tensor& w, int64_t head_dim) {
-  return w.unflatten(0, {-1, head_dim / 2, 2}).transpose(1, 2).flatten(0, 2).contiguous();
 }
 
 std::string hash_of(const Tensor& bytes) {
@@ -128,7 +57,7 @@ std::string hash_of(const Tensor& bytes) {
 }
 
 /// The payload of one weight, and the hash of what it came from.
-std::pair<Tensor, std::string> read(const Item& item, io::TensorSource& source, int64_t head_dim,
+std::pair<Tensor, std::string> read(const MatchedWeight& item, io::TensorSource& source, int64_t head_dim,
                                     const LoadOptions& options) {
   const WeightFormat& format = item.weight->format();
   const bool same_codes = (format.kind == WeightFormat::Kind::kNf4 && item.source->dtype == "nf4") ||
@@ -148,7 +77,7 @@ std::pair<Tensor, std::string> read(const Item& item, io::TensorSource& source, 
   }
   Tensor dense = source.read(item.source->name).contiguous();
   std::string hash = hash_of(dense);
-  if (item.transform != Transform::kIdentity) dense = permute_rope(dense, head_dim);
+  if (item.transform != Transform::kIdentity) dense = rope_rows_from_gguf(dense, head_dim);
   if (options.prepare_weight && item.weight->use() == WeightUse::kMatrix) {
     dense = options.prepare_weight(item.name, dense);
   }
@@ -159,11 +88,10 @@ std::pair<Tensor, std::string> read(const Item& item, io::TensorSource& source, 
 
 std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store, io::TensorSource& source,
                                      const LoadOptions& options) {
-  std::vector<Item> items = weights_of(model);
-  match(items, model.names(), source);
+  const std::vector<MatchedWeight> items = match_weights(model, source);
   lay_out(items, model, store, options);
   int64_t done = 0, total = 0;
-  for (const Item& item : items) total += item.source->file_bytes;
+  for (const MatchedWeight& item : items) total += item.source->file_bytes;
   std::vector<SourceHash> hashes;
   // In rounds of one tensor a rank: all ranks read and quantise at once, then send in turn.
   const auto world = static_cast<size_t>(store.world());

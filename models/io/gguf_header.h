@@ -112,6 +112,7 @@ GgufHeader parse_gguf_header(std::span<const std::byte> file, const std::string&
 /// Fills the tensors' `bytes` and `offset` and returns everything that comes before the data,
 /// version 3, alignment 32.
 /// @param metadata  in the order to write; must not hold general.alignment
+/// @throws graft::Error for a name that is too long or given twice, or a shape the format lacks
 std::string layout_gguf(const std::vector<std::pair<std::string, GgufValue>>& metadata,
                         std::vector<GgufTensor>& tensors);
 

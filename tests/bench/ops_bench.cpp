@@ -115,14 +115,13 @@ void bench_xent(at::ScalarType type, int64_t tokens, int64_t width, int64_t voca
   };
   const std::string shape =
       std::string(" ") + at::toString(type) + " " + std::to_string(tokens) + " x ";
-  compare(
-      "frozen head" + shape + std::to_string(width) + " x " + std::to_string(vocabulary),
-      [=] { composed_loss(hidden.mm(weight.t())).backward(); },
-      [=] { frozen_head_cross_entropy(hidden, weight, labels).backward(); });
+  compare("frozen head" + shape + std::to_string(width) + " x " + std::to_string(vocabulary),
+          loss_step(hidden, [=] { return composed_loss(hidden.mm(weight.t())); }),
+          loss_step(hidden, [=] { return frozen_head_cross_entropy(hidden, weight, labels); }));
   const at::Tensor logits = input({tokens, vocabulary}, type);
-  compare(
-      "cross_entropy" + shape + std::to_string(vocabulary),
-      [=] { composed_loss(logits).backward(); }, [=] { cross_entropy(logits, labels).backward(); });
+  compare("cross_entropy" + shape + std::to_string(vocabulary),
+          loss_step(logits, [=] { return composed_loss(logits); }),
+          loss_step(logits, [=] { return cross_entropy(logits, labels); }));
 }
 
 void bench_adamw(int64_t num_tensors, int64_t size) {

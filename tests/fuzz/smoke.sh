@@ -20,6 +20,7 @@ for source in "${sources[@]}"; do
   name=$(basename "$source" .cpp)
   corpus=$build_dir/corpus/$name
   mkdir -p "$corpus"
+  echo "== $name, $seconds_each s"
   "$build_dir/tests/fuzz/$name" -max_total_time="$seconds_each" -timeout=10 -rss_limit_mb=2048 -max_len=65536 \
-    -print_final_stats=1 -artifact_prefix="$build_dir/crashes/$name-" "$corpus"
+    -verbosity=0 -print_final_stats=1 -artifact_prefix="$build_dir/crashes/$name-" "$corpus"
 done

@@ -27,8 +27,8 @@ def read_rows(path):
 
 
 def load_base(directory):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager",
-                                                              device_map="cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, device_map="cpu",
+                                                              attn_implementation="eager")
     return (model.dequantize() if model.config.__dict__.get("quantization_config") else model).eval()
 
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Writes what Hugging Face computes on tiny random models, for the C++ and command-line tests to compare with.
 
-    make_fixtures.py --output DIR          float32 on the CPU, one thread, no randomness: equal runs write equal numbers
+    make_fixtures.py --output DIR        float32 on the CPU, one thread, no randomness: equal runs write equal numbers
 
 DIR/<case>/model/               as save_pretrained writes it: config.json, two or more safetensors shards and their index
 DIR/<case>/adapter/             a LoRA adapter as PEFT writes it: r 4, alpha 8, all linear layers, B not zero
 DIR/<case>/rows.h5              the two rows of input_ids as a Graft shard of kind `tokens`, loss_mask from labels
-DIR/<case>/oracle.safetensors   input_ids, labels   int64   [2, 24]      labels as HF takes them: not shifted, -100 = no target
+DIR/<case>/oracle.safetensors   input_ids, labels   int64   [2, 24]      labels are not shifted, -100 = no target
                                 logits              float32 [2, 24, V]   of the base
                                 adapter_logits      float32 [2, 24, V]   with the adapter
-                                grad.<key>          float32              of adapter_loss, <key> as in adapter_model.safetensors
-DIR/<case>/oracle.json          loss, adapter_loss: mean over num_targets; train: settings, and the losses of ten AdamW steps
-                                from that adapter (before each update), without clipping and with max_grad_norm 1
+                                grad.<key>          float32              of adapter_loss, <key> as in the adapter
+DIR/<case>/oracle.json          loss, adapter_loss: mean over num_targets; train: settings, and the losses of ten AdamW
+                                steps from that adapter (before each update), without clipping and with max_grad_norm 1
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
@@ -46,7 +46,8 @@ CASES = {
     "mistral_window": transformers.MistralConfig(**SHAPE, sliding_window=5),
     "qwen2": transformers.Qwen2Config(**SHAPE | {"head_dim": 8}),
     "qwen3": transformers.Qwen3Config(**SHAPE),
-    "llama_nf4": transformers.LlamaConfig(**SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}),
+    "llama_nf4": transformers.LlamaConfig(
+        **SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}),
 }
 
 
@@ -86,8 +87,8 @@ def save_sharded(model, directory):
 
 def save_nf4(model, directory):
     """Quantises through a dense copy on disk, and saves before any forward: a forward may rewrite the scales."""
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                             bnb_4bit_compute_dtype=torch.float32)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
     with tempfile.TemporaryDirectory() as dense:
         model.save_pretrained(dense)
         quantised = transformers.AutoModelForCausalLM.from_pretrained(
@@ -176,7 +177,7 @@ def write_case(name, config, directory):
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)},
     }
     (directory / "oracle.json").write_text(json.dumps(oracle, indent=2) + "\n")
-    print(f"{name}: loss {oracle['loss']:.6f}, with adapter {oracle['adapter_loss']:.6f}, after {len(losses)} steps {losses[-1]:.6f}")
+    print(f"{name}: loss {oracle['loss']:.6f}, with adapter {oracle['adapter_loss']:.6f}, trained {losses[-1]:.6f}")
 
 
 def main():

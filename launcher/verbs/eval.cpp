@@ -1,0 +1,91 @@
+// graft eval: held-out metrics of the base, an adapter or a run.
+#include <nlohmann/json.hpp>
+
+#include <cstdio>
+#include <filesystem>
+
+#include "configs/check.h"
+#include "configs/log.h"
+#include "launcher/checkpoint/manifest.h"
+#include "launcher/evaluate.h"
+#include "launcher/verbs/verbs.h"
+
+namespace graft::launcher {
+namespace {
+
+struct Arguments {
+  RunArguments run;
+  std::string adapter, logits;
+  bool base = false, json = false;
+};
+
+/// --adapter, else the run's own adapter, else the config's start; `said` tells which.
+void choose_adapter(const Arguments& arguments, Run& run, std::string& said) {
+  const std::string trained = run.checkpoint.output_dir + "/adapter";
+  std::string directory = arguments.adapter;
+  if (directory.empty() && std::filesystem::exists(trained)) directory = trained;
+  if (arguments.base) {
+    run.peft.clear();
+    run.model.adapters = {};
+    said = "the untouched base";
+    return;
+  }
+  if (directory.empty()) {
+    said = run.peft.empty() ? "the base" : "the config's start (" + trained + " does not exist yet)";
+    return;
+  }
+  run.peft.clear();
+  for (size_t part = 0; std::filesystem::exists(directory + "/" + std::to_string(part)); ++part) {
+    run.model.adapters.values.push_back(directory + "/" + std::to_string(part));
+  }
+  if (std::filesystem::exists(directory + "/adapter_config.json")) run.model.adapters.values.push_back(directory);
+  said = "adapter " + directory;
+}
+
+int eval(const Arguments& arguments, const dist::Topology& topology, dist::MpiSession* session) {
+  auto run = configs::load_config<Run>(arguments.run.config, arguments.run.overrides);
+  World world = join_world(topology, session, run.parallel);
+  std::string what;
+  choose_adapter(arguments, run, what);
+  Workbench bench = build_workbench(world, run);
+  log::info("evaluating " + what);
+  if (!arguments.logits.empty()) write_logits(bench, run, arguments.logits);
+  const EvalResult result = evaluate(bench, run);
+  if (world.rank() != 0) return 0;
+  const nlohmann::ordered_json record = {{"what", what},
+                                         {"metrics", {{"loss", result.loss}}},
+                                         {"target_tokens", result.targets},
+                                         {"documents", result.documents},
+                                         {"base_fingerprint", bench.fingerprint}};
+  std::filesystem::create_directories(run.checkpoint.output_dir);
+  write_text(run.checkpoint.output_dir + "/eval.json", record.dump(2) + "\n");
+  if (arguments.json) {
+    std::printf("%s\n", record.dump().c_str());
+  } else {
+    std::printf("loss %.4f   (%lld target tokens in %lld documents, %s)\n", result.loss,
+                static_cast<long long>(result.targets), static_cast<long long>(result.documents), what.c_str());
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_eval(CLI::App& app, Command& command) {
+  auto* verb = app.add_subcommand("eval", "Held-out loss of the base, an adapter or a run");
+  auto arguments = std::make_shared<Arguments>();
+  add_run_arguments(*verb, arguments->run);
+  auto* adapter = verb->add_option("--adapter", arguments->adapter,
+                                   "adapter folder; default: output_dir/adapter, else the config's own start");
+  verb->add_flag("--base", arguments->base, "the base without any adapter")->excludes(adapter);
+  verb->add_option("--logits", arguments->logits, "also write the logits of each eval row (safetensors, float32)");
+  verb->add_flag("--json", arguments->json, "one JSON object on standard output");
+  verb->footer("Examples:\n  graft eval configs/runs/quickstart.yaml\n"
+               "  mpirun -np 2 graft eval run.yaml --adapter runs/quickstart/adapter --json");
+  verb->callback([arguments, &command] {
+    command.run_on_ranks = [arguments](const dist::Topology& topology, dist::MpiSession* session) {
+      return eval(*arguments, topology, session);
+    };
+  });
+}
+
+}  // namespace graft::launcher
