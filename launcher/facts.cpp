@@ -55,16 +55,20 @@ std::string count_text(int64_t n) {
   char text[32];
   if (n < 1'000'000) return std::to_string(n);
   const bool billions = n >= 1'000'000'000;
-  std::snprintf(text, sizeof text, "%.2f %s", static_cast<double>(n) / (billions ? 1e9 : 1e6), billions ? "B" : "M");
+  std::snprintf(text, sizeof text, "%.2f %s", static_cast<double>(n) / (billions ? 1e9 : 1e6),
+                billions ? "B" : "M");
   return text;
 }
 
 std::vector<std::string> adapter_parts(const std::string& directory) {
   namespace fs = std::filesystem;
-  const auto is_adapter = [](const std::string& path) { return fs::exists(path + "/adapter_config.json"); };
+  const auto is_adapter = [](const std::string& path) {
+    return fs::exists(path + "/adapter_config.json");
+  };
   if (is_adapter(directory)) return {directory};
   std::vector<std::string> parts;
-  for (std::string part = directory + "/0"; is_adapter(part); part = directory + "/" + std::to_string(parts.size())) {
+  for (std::string part = directory + "/0"; is_adapter(part);
+       part = directory + "/" + std::to_string(parts.size())) {
     parts.push_back(part);
   }
   GRAFT_CHECK(!parts.empty(), ExitCode::kData, directory,

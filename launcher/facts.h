@@ -1,4 +1,5 @@
-// Facts about models and files as one JSON object, and the same for people. What the verbs that only look print.
+// Facts about models and files as one JSON object, and the same for people. What the verbs that
+// only look print.
 #pragma once
 
 #include <cstdint>

@@ -48,29 +48,35 @@ void add_tensor_facts(const List& tensors, Facts& facts) {
   facts["parameters"] = elements;
 }
 
-// --- adapters ---------------------------------------------------------------------------------------------------
+// --- adapters
+// ---------------------------------------------------------------------------------------------------
 
 /// The partner of a low-rank factor: ...lora_A... of ...lora_B..., empty for any other tensor.
 std::string partner_of(const std::string& key) {
-  for (const auto& [a, b] : {std::pair{".lora_A", ".lora_B"}, std::pair{".lora_embedding_A", ".lora_embedding_B"}}) {
+  for (const auto& [a, b] :
+       {std::pair{".lora_A", ".lora_B"}, std::pair{".lora_embedding_A", ".lora_embedding_B"}}) {
     for (const auto& [mine, other] : {std::pair{a, b}, std::pair{b, a}}) {
       const size_t at = key.find(mine);
-      if (at != std::string::npos) return std::string(key).replace(at, std::string_view(mine).size(), other);
+      if (at != std::string::npos)
+        return std::string(key).replace(at, std::string_view(mine).size(), other);
     }
   }
   return "";
 }
 
-/// What is wrong with an adapter's numbers; `num_zero` counts low-rank products that are zero: not trained yet.
+/// What is wrong with an adapter's numbers; `num_zero` counts low-rank products that are zero: not
+/// trained yet.
 std::vector<std::string> adapter_problems(const SafetensorsFile& file, int64_t& num_zero) {
   std::vector<std::string> problems;
   if (file.entries().empty()) problems.emplace_back("no tensors");
   for (const auto& entry : file.entries()) {
     const std::string partner = partner_of(entry.name);
-    if (!partner.empty() && file.find(partner) == nullptr) problems.push_back("missing: " + partner);
+    if (!partner.empty() && file.find(partner) == nullptr)
+      problems.push_back("missing: " + partner);
     const Tensor value = file.read(entry.name);
     if (!at::isfinite(value).all().item<bool>()) problems.push_back("not finite: " + entry.name);
-    const bool last_factor = entry.name.find(".lora_B") != std::string::npos || entry.name.find(".lora_embedding_A") != std::string::npos;
+    const bool last_factor = entry.name.find(".lora_B") != std::string::npos ||
+                             entry.name.find(".lora_embedding_A") != std::string::npos;
     if (last_factor && value.count_nonzero().item<int64_t>() == 0) ++num_zero;
   }
   return problems;
@@ -78,20 +84,25 @@ std::vector<std::string> adapter_problems(const SafetensorsFile& file, int64_t& 
 
 Inspection inspect_adapter(const std::string& directory) {
   const nlohmann::json config = models::io::read_json_file(directory + "/adapter_config.json");
-  GRAFT_CHECK(config.is_object(), ExitCode::kData, directory, "/adapter_config.json: not an object");
+  GRAFT_CHECK(config.is_object(), ExitCode::kData, directory,
+              "/adapter_config.json: not an object");
   const SafetensorsFile file(directory + "/adapter_model.safetensors");
   Inspection result;
   Facts& facts = result.facts;
   facts["kind"] = "adapter";
-  copy_facts(config, {"peft_type", "graft", "base_model_name_or_path", "task_type", "r", "lora_alpha", "lora_dropout",
-                      "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"}, facts);
+  copy_facts(config,
+             {"peft_type", "graft", "base_model_name_or_path", "task_type", "r", "lora_alpha",
+              "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save",
+              "rank_pattern", "alpha_pattern"},
+             facts);
   add_tensor_facts(file.entries(), facts);
   int64_t num_zero = 0;
   const auto problems = adapter_problems(file, num_zero);
   facts["zero_products"] = num_zero;
   result.sound = problems.empty();
   if (result.sound) {
-    facts["health"] = num_zero == 0 ? "good" : "good; where the product is zero, nothing has been trained";
+    facts["health"] =
+        num_zero == 0 ? "good" : "good; where the product is zero, nothing has been trained";
   } else {
     facts["health"] = problems;
   }
@@ -119,8 +130,9 @@ Inspection inspect_checkpoint(const std::string& directory) {
   result.sound = problem.empty();
   if (!result.sound) return result;
   copy_facts(models::io::read_json_file(directory + "/trainer.json"),
-             {"step", "max_steps", "world", "lanes_per_step", "epoch", "position", "tokens", "best_step", "best_eval_loss",
-              "base_fingerprint"}, result.facts);
+             {"step", "max_steps", "world", "lanes_per_step", "epoch", "position", "tokens",
+              "best_step", "best_eval_loss", "base_fingerprint"},
+             result.facts);
   result.facts["config"] = directory + "/config.yaml";
   const Inspection adapter = inspect_adapters(directory);
   result.facts["adapter"] = adapter.facts;
@@ -128,7 +140,8 @@ Inspection inspect_checkpoint(const std::string& directory) {
   return result;
 }
 
-// --- data -------------------------------------------------------------------------------------------------------
+// --- data
+// -------------------------------------------------------------------------------------------------------
 
 /// Reads every token, so that every chunk's checksum is tried.
 Inspection inspect_shard(const std::string& path) {
@@ -140,7 +153,8 @@ Inspection inspect_shard(const std::string& path) {
   for (int64_t begin = 0; begin < shard.num_tokens(); begin += kChunk) {
     const auto count = static_cast<size_t>(std::min(kChunk, shard.num_tokens() - begin));
     shard.read(begin, std::span(tokens).first(count), std::span(mask).first(count));
-    targets += std::count(mask.begin(), mask.begin() + static_cast<std::ptrdiff_t>(count), uint8_t{1});
+    targets +=
+        std::count(mask.begin(), mask.begin() + static_cast<std::ptrdiff_t>(count), uint8_t{1});
   }
   int64_t longest = 0;
   for (int64_t i = 0; i < shard.num_samples(); ++i) longest = std::max(longest, shard.length(i));
@@ -150,7 +164,10 @@ Inspection inspect_shard(const std::string& path) {
               {"tokens", shard.num_tokens()},
               {"longest_sample", longest},
               {"target_tokens", targets},
-              {"target_share", shard.num_tokens() == 0 ? 0.0 : static_cast<double>(targets) / static_cast<double>(shard.num_tokens())},
+              {"target_share",
+               shard.num_tokens() == 0
+                   ? 0.0
+                   : static_cast<double>(targets) / static_cast<double>(shard.num_tokens())},
               {"vocab_size", shard.vocab_size()},
               {"tokenizer_sha256", shard.tokenizer_sha256()},
               {"created_by", shard.created_by()}};
@@ -160,19 +177,26 @@ Inspection inspect_shard(const std::string& path) {
   return {facts};
 }
 
-// --- models -----------------------------------------------------------------------------------------------------
+// --- models
+// -----------------------------------------------------------------------------------------------------
 
 bool is_supported(const std::string& model_type) {
   for (const auto& family : models::families()) {
-    if (std::find(family.model_types.begin(), family.model_types.end(), model_type) != family.model_types.end()) return true;
+    if (std::find(family.model_types.begin(), family.model_types.end(), model_type) !=
+        family.model_types.end())
+      return true;
   }
   return false;
 }
 
 /// A model's shape, and whether its tensors are those of the shape (a kData error if not).
-void add_model_facts(const nlohmann::json& config, const models::io::TensorSource& source, Facts& facts) {
-  copy_facts(config, {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                      "intermediate_size", "vocab_size", "max_position_embeddings", "tie_word_embeddings"}, facts);
+void add_model_facts(const nlohmann::json& config, const models::io::TensorSource& source,
+                     Facts& facts) {
+  copy_facts(config,
+             {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+              "max_position_embeddings", "tie_word_embeddings"},
+             facts);
   add_tensor_facts(source.tensors(), facts);
   const std::string type = config.value("model_type", "");
   if (is_supported(type)) {
@@ -187,7 +211,8 @@ Inspection inspect_model_folder(const std::string& directory) {
   const auto source = models::io::open_source(directory);
   Facts facts{{"kind", "model folder"}, {"files", source->describe()}};
   add_model_facts(models::read_base_config(directory), *source, facts);
-  facts["tokenizer"] = fs::exists(directory + "/tokenizer.json") || fs::exists(directory + "/tokenizer.model");
+  facts["tokenizer"] =
+      fs::exists(directory + "/tokenizer.json") || fs::exists(directory + "/tokenizer.model");
   return {facts};
 }
 
@@ -196,13 +221,17 @@ Inspection inspect_gguf(const std::string& path) {
   const auto& metadata = source.metadata();
   const std::string arch = metadata.get_string("general.architecture");
   if (metadata.has("general.type") && metadata.get_string("general.type") == "adapter") {
-    Facts facts{{"kind", "GGUF adapter"}, {"adapter_type", metadata.get_string("adapter.type")}, {"architecture", arch},
+    Facts facts{{"kind", "GGUF adapter"},
+                {"adapter_type", metadata.get_string("adapter.type")},
+                {"architecture", arch},
                 {"alpha", metadata.get_float("adapter.lora.alpha")}};
     add_tensor_facts(source.tensors(), facts);
     return {facts};
   }
   Facts facts{{"kind", "GGUF model"}, {"files", source.describe()}};
-  add_model_facts(is_supported(arch) ? models::read_base_config(path) : nlohmann::json{{"model_type", arch}}, source, facts);
+  add_model_facts(
+      is_supported(arch) ? models::read_base_config(path) : nlohmann::json{{"model_type", arch}},
+      source, facts);
   facts["tokenizer"] = metadata.has("tokenizer.ggml.tokens");
   return {facts};
 }
@@ -224,18 +253,23 @@ std::string first_bytes(const std::string& path) {
 
 Inspection inspect_any(const std::string& path) {
   constexpr const char* kExpected =
-      "expected an adapter, checkpoint or model folder, a token shard (.h5), a .gguf or a .safetensors file";
+      "expected an adapter, checkpoint or model folder, a token shard (.h5), a .gguf or a "
+      ".safetensors file";
   GRAFT_CHECK(fs::exists(path), ExitCode::kData, path, ": does not exist; ", kExpected);
   if (fs::is_directory(path)) {
     const auto has = [&](const char* name) { return fs::exists(fs::path(path) / name); };
     if (has(kManifestFile) || has("trainer.json")) return inspect_checkpoint(path);
     if (has("adapter_config.json") || has("0/adapter_config.json")) return inspect_adapters(path);
     if (has("config.json")) return inspect_model_folder(path);
-    throw Error(ExitCode::kData, path + ": a folder of no known kind" +
-                                     (has("checkpoints") ? " (a run: name its adapter or one of its checkpoints)" : "") + "; " + kExpected);
+    throw Error(
+        ExitCode::kData,
+        path + ": a folder of no known kind" +
+            (has("checkpoints") ? " (a run: name its adapter or one of its checkpoints)" : "") +
+            "; " + kExpected);
   }
   const std::string extension = fs::path(path).extension(), magic = first_bytes(path);
-  if (magic == "\x89HDF\r\n\x1a\n" || extension == ".h5" || extension == ".hdf5") return inspect_shard(path);
+  if (magic == "\x89HDF\r\n\x1a\n" || extension == ".h5" || extension == ".hdf5")
+    return inspect_shard(path);
   if (magic.starts_with("GGUF") || extension == ".gguf") return inspect_gguf(path);
   if (extension == ".safetensors") return inspect_safetensors(path);
   throw Error(ExitCode::kData, path + ": a file of no known kind; " + kExpected);

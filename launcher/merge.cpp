@@ -29,10 +29,15 @@ using AdapterSlot = models::Slot<models::LinearAdapter>;
 
 constexpr const char* kTokenizerFile = "tokenizer.json";
 /// What a folder has beside config.json and weights that the merged one needs too.
-constexpr const char* kCompanions[] = {
-    kTokenizerFile, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json",   "merges.txt",            "tokenizer.model",         "chat_template.jinja",
-    "generation_config.json"};
+constexpr const char* kCompanions[] = {kTokenizerFile,
+                                       "tokenizer_config.json",
+                                       "special_tokens_map.json",
+                                       "added_tokens.json",
+                                       "vocab.json",
+                                       "merges.txt",
+                                       "tokenizer.model",
+                                       "chat_template.jinja",
+                                       "generation_config.json"};
 
 /// One tensor of the folder to be written.
 struct Planned {
@@ -41,7 +46,9 @@ struct Planned {
   const models::MatchedWeight* from;
   const AdapterSlot* slot;  ///< with adapters, or null
 
-  int64_t bytes() const { return from->weight->numel() * static_cast<int64_t>(c10::elementSize(dtype)); }
+  int64_t bytes() const {
+    return from->weight->numel() * static_cast<int64_t>(c10::elementSize(dtype));
+  }
 };
 
 const char* dtype_name(at::ScalarType dtype) {
@@ -78,18 +85,24 @@ std::map<std::string, const AdapterSlot*> adapted_slots(const peft::SlotMap& slo
 }
 
 /// The tensors to write, in the model's order.
-std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights, const peft::SlotMap& slots,
-                          const models::ModelInfo& info, const std::string& dtype) {
+std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
+                          const peft::SlotMap& slots, const models::ModelInfo& info,
+                          const std::string& dtype) {
   auto adapted = adapted_slots(slots);
-  const bool untie = info.tied_head && (adapted.contains("embed.weight") || adapted.contains("head.weight"));
-  const auto slot_of = [&](const std::string& name) { return adapted.contains(name) ? adapted[name] : nullptr; };
+  const bool untie =
+      info.tied_head && (adapted.contains("embed.weight") || adapted.contains("head.weight"));
+  const auto slot_of = [&](const std::string& name) {
+    return adapted.contains(name) ? adapted[name] : nullptr;
+  };
   std::vector<Planned> planned;
   for (const models::MatchedWeight& w : weights) {
     const at::ScalarType type = output_dtype(dtype, w.source->dtype);
     planned.push_back({slots.names->to_hf(w.name)->name, type, &w, slot_of(w.name)});
-    // The head reads the untouched table: once the embedding differs from it, or the head does, there are two.
+    // The head reads the untouched table: once the embedding differs from it, or the head does,
+    // there are two.
     if (untie && w.name == "embed.weight") {
-      planned.push_back({slots.names->to_hf("head.weight")->name, type, &w, slot_of("head.weight")});
+      planned.push_back(
+          {slots.names->to_hf("head.weight")->name, type, &w, slot_of("head.weight")});
     }
   }
   return planned;
@@ -98,23 +111,27 @@ std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights, con
 double energy(const Tensor& t) { return t.to(at::kDouble).square().sum().item<double>(); }
 
 /// Reads, merges and rounds one tensor.
-Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int64_t head_dim, MergeReport& report) {
+Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int64_t head_dim,
+                     MergeReport& report) {
   Tensor stored = source.read(item.from->source->name);
-  if (item.from->transform != models::Transform::kIdentity) stored = models::rope_rows_from_gguf(stored, head_dim);
+  if (item.from->transform != models::Transform::kIdentity)
+    stored = models::rope_rows_from_gguf(stored, head_dim);
   if (item.slot == nullptr) return stored.to(item.dtype);
   const Tensor base = stored.to(at::kFloat);
   Tensor merged = base;
   for (const auto& adapter : item.slot->adapters()) merged = adapter->merged(merged);
   Tensor written = merged.to(item.dtype);
-  GRAFT_CHECK(at::isfinite(written).all().item<bool>(), ExitCode::kNumerics, "merge: ", item.name, " holds numbers that ",
-              dtype_name(item.dtype), " cannot; use --dtype float32 or bfloat16");
+  GRAFT_CHECK(at::isfinite(written).all().item<bool>(), ExitCode::kNumerics, "merge: ", item.name,
+              " holds numbers that ", dtype_name(item.dtype),
+              " cannot; use --dtype float32 or bfloat16");
   const Tensor change = merged.sub_(base);
   const Tensor kept = written.to(at::kFloat) - base.to(item.dtype).to(at::kFloat);
   report.tensors.push_back({item.name, energy(change), energy(kept - change)});
   return written;
 }
 
-/// Cuts the tensors, in order, into files of at most `limit` bytes (a larger tensor has one of its own).
+/// Cuts the tensors, in order, into files of at most `limit` bytes (a larger tensor has one of its
+/// own).
 std::vector<std::vector<Planned>> cut(const std::vector<Planned>& planned, int64_t limit) {
   std::vector<std::vector<Planned>> files(1);
   int64_t size = 0;
@@ -134,16 +151,21 @@ std::string file_name(size_t index, size_t count) {
 }
 
 /// The base's config.json for the merged weights.
-Json merged_config(const std::string& model, const models::ModelInfo& info, const std::vector<Planned>& planned) {
+Json merged_config(const std::string& model, const models::ModelInfo& info,
+                   const std::vector<Planned>& planned) {
   Json config = models::read_base_config(model);
   config.erase("quantization_config");
   std::map<at::ScalarType, int64_t> bytes;
   for (const Planned& item : planned) bytes[item.dtype] += item.bytes();
-  const auto most = std::max_element(bytes.begin(), bytes.end(), [](auto& a, auto& b) { return a.second < b.second; });
-  const char* dtype = most->first == at::kBFloat16 ? "bfloat16" : most->first == at::kHalf ? "float16" : "float32";
+  const auto most = std::max_element(bytes.begin(), bytes.end(),
+                                     [](auto& a, auto& b) { return a.second < b.second; });
+  const char* dtype = most->first == at::kBFloat16 ? "bfloat16"
+                      : most->first == at::kHalf   ? "float16"
+                                                   : "float32";
   config[config.contains("dtype") ? "dtype" : "torch_dtype"] = dtype;  // transformers 5 and 4
   const std::string head = "lm_head.weight";
-  if (std::any_of(planned.begin(), planned.end(), [&](const Planned& item) { return item.name == head; })) {
+  if (std::any_of(planned.begin(), planned.end(),
+                  [&](const Planned& item) { return item.name == head; })) {
     config["tie_word_embeddings"] = false;
   }
   if (!fs::is_directory(model)) {
@@ -151,7 +173,8 @@ Json merged_config(const std::string& model, const models::ModelInfo& info, cons
     const models::io::GgufSource source(model);
     for (const char* token : {"bos", "eos"}) {
       const std::string key = std::string("tokenizer.ggml.") + token + "_token_id";
-      if (source.metadata().has(key)) config[std::string(token) + "_token_id"] = source.metadata().get_int(key);
+      if (source.metadata().has(key))
+        config[std::string(token) + "_token_id"] = source.metadata().get_int(key);
     }
   }
   return config;
@@ -161,10 +184,13 @@ Json merged_config(const std::string& model, const models::ModelInfo& info, cons
 bool copy_companions(const std::string& model, const std::string& output) {
   if (fs::is_directory(model)) {
     for (const char* name : kCompanions) {
-      if (fs::exists(fs::path(model) / name)) fs::copy_file(fs::path(model) / name, fs::path(output) / name);
+      if (fs::exists(fs::path(model) / name))
+        fs::copy_file(fs::path(model) / name, fs::path(output) / name);
     }
-  } else if (const models::io::GgufSource source(model); source.metadata().has("tokenizer.huggingface.json")) {
-    write_text(output + "/" + kTokenizerFile, source.metadata().get_string("tokenizer.huggingface.json"));
+  } else if (const models::io::GgufSource source(model);
+             source.metadata().has("tokenizer.huggingface.json")) {
+    write_text(output + "/" + kTokenizerFile,
+               source.metadata().get_string("tokenizer.huggingface.json"));
   }
   return fs::exists(output + "/" + kTokenizerFile) || fs::exists(output + "/tokenizer.model");
 }
@@ -175,9 +201,10 @@ class PartialFolder {
   explicit PartialFolder(const std::string& output) : final_(fs::path(output).lexically_normal()) {
     if (final_.filename().empty()) final_ = final_.parent_path();  // "out/"
     path_ = final_.string() + ".partial";
-    GRAFT_CHECK(!fs::exists(final_) || (fs::is_directory(final_) && fs::is_empty(final_)), "merge: ", output,
-                " exists and is not an empty folder; nothing is overwritten");
-    GRAFT_CHECK(!fs::exists(path_), "merge: ", path_, " is left from a merge that was cut off; remove it");
+    GRAFT_CHECK(!fs::exists(final_) || (fs::is_directory(final_) && fs::is_empty(final_)),
+                "merge: ", output, " exists and is not an empty folder; nothing is overwritten");
+    GRAFT_CHECK(!fs::exists(path_), "merge: ", path_,
+                " is left from a merge that was cut off; remove it");
     std::error_code error;
     fs::create_directories(path_, error);
     GRAFT_CHECK(!error, "merge: ", path_, " cannot be made: ", error.message());
@@ -200,7 +227,8 @@ class PartialFolder {
 };
 
 /// Writes one safetensors file, a tensor at a time.
-void write_file(const std::string& path, const std::vector<Planned>& items, const std::function<Tensor(const Planned&)>& read) {
+void write_file(const std::string& path, const std::vector<Planned>& items,
+                const std::function<Tensor(const Planned&)>& read) {
   std::vector<models::io::SafetensorsEntry> entries;
   std::map<std::string, const Planned*> by_name;
   for (const Planned& item : items) {
@@ -251,14 +279,17 @@ MergeReport merge(const MergeOptions& options) {
   }
   progress.finish();
   if (files.size() > 1) {
-    write_text(folder.path() + "/model.safetensors.index.json",
-               Json{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}.dump(2) + "\n");
+    write_text(
+        folder.path() + "/model.safetensors.index.json",
+        Json{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}.dump(2) + "\n");
   }
-  write_text(folder.path() + "/config.json", merged_config(options.model, model->info(), planned).dump(2) + "\n");
+  write_text(folder.path() + "/config.json",
+             merged_config(options.model, model->info(), planned).dump(2) + "\n");
   report.has_tokenizer = copy_companions(options.model, folder.path());
   report.num_files = static_cast<int64_t>(files.size());
   report.total.name = "all";
-  for (const Survival& s : report.tensors) report.total.change += s.change, report.total.lost += s.lost;
+  for (const Survival& s : report.tensors)
+    report.total.change += s.change, report.total.lost += s.lost;
   folder.commit();
   return report;
 }

@@ -1,4 +1,5 @@
-// Merging: adapters into the matrices of an unquantised base, one tensor at a time, written as a Hugging Face folder.
+// Merging: adapters into the matrices of an unquantised base, one tensor at a time, written as a
+// Hugging Face folder.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +12,13 @@ struct MergeOptions {
   std::string model;                  ///< Hugging Face folder or GGUF file
   std::vector<std::string> adapters;  ///< innermost first
   std::string output;                 ///< a folder that does not exist or is empty
-  std::string dtype = "auto";         ///< auto: each tensor's own, float32 for one that the file holds quantised
+  std::string dtype =
+      "auto";  ///< auto: each tensor's own, float32 for one that the file holds quantised
   int64_t max_file_bytes = 5'000'000'000;
 };
 
-/// What rounding to the output dtype leaves of one tensor's change. With W the base, D the change and r() the rounding:
-/// change = |D|^2, lost = |(r(W + D) - r(W)) - D|^2.
+/// What rounding to the output dtype leaves of one tensor's change. With W the base, D the change
+/// and r() the rounding: change = |D|^2, lost = |(r(W + D) - r(W)) - D|^2.
 struct Survival {
   std::string name;
   double change = 0, lost = 0;
@@ -32,10 +34,11 @@ struct MergeReport {
   bool has_tokenizer = false;
 };
 
-/// The folder appears under its name only when it is whole. It does exactly what base and adapters do together; where a
-/// tied embedding or head is adapted, the two are untied.
-/// @throws graft::Error: kUsage for an adapter that is not a change of matrices, or an output that is not empty; kData
-/// for files that do not fit; kNumerics for numbers that the output dtype cannot hold
+/// The folder appears under its name only when it is whole. It does exactly what base and adapters
+/// do together; where a tied embedding or head is adapted, the two are untied.
+/// @throws graft::Error: kUsage for an adapter that is not a change of matrices, or an output that
+/// is not empty; kData for files that do not fit; kNumerics for numbers that the output dtype
+/// cannot hold
 MergeReport merge(const MergeOptions& options);
 
 }  // namespace graft::launcher

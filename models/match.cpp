@@ -14,7 +14,9 @@ std::vector<MatchedWeight> weights_of(Model& model) {
   struct Collect : Visitor {
     std::vector<MatchedWeight> weights;
     int block = 0;
-    void weight(const std::string& name, Weight& w) override { weights.push_back({name, &w, block}); }
+    void weight(const std::string& name, Weight& w) override {
+      weights.push_back({name, &w, block});
+    }
   } collect;
   for (collect.block = 0; collect.block < model.num_blocks(); ++collect.block) {
     model.visit_weights(collect.block, collect);
@@ -55,16 +57,17 @@ std::vector<MatchedWeight> match_weights(Model& model, const io::TensorSource& s
     }
     used.insert(found->name);
     if (item.source->shape != item.weight->shape()) {
-      differ.push_back(found->name + " is " + shape_text(item.source->shape) + ", the config says " +
-                       shape_text(item.weight->shape()));
+      differ.push_back(found->name + " is " + shape_text(item.source->shape) +
+                       ", the config says " + shape_text(item.weight->shape()));
     }
   }
   for (const io::SourceTensor& t : source.tensors()) {
     if (!used.contains(t.name) && !names.dropped(t.name)) unknown.push_back(t.name);
   }
-  GRAFT_CHECK(missing.empty() && unknown.empty() && differ.empty(), ExitCode::kData, source.describe(),
-              ": tensors and model config do not agree", list("not in the file", missing),
-              list("not known to this family", unknown), list("other shape", differ));
+  GRAFT_CHECK(missing.empty() && unknown.empty() && differ.empty(), ExitCode::kData,
+              source.describe(), ": tensors and model config do not agree",
+              list("not in the file", missing), list("not known to this family", unknown),
+              list("other shape", differ));
   return weights;
 }
 

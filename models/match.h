@@ -1,4 +1,5 @@
-// Which tensor of a source fills which weight of a model: for loading a base and for writing a merged one.
+// Which tensor of a source fills which weight of a model: for loading a base and for writing a
+// merged one.
 #pragma once
 
 #include <string>
@@ -20,11 +21,13 @@ struct MatchedWeight {
 };
 
 /// The model's weights in its order, each with its tensor; both sides must be used up.
-/// @throws graft::Error (kData) with three lists: weights not filled, tensors not known, shapes that differ
+/// @throws graft::Error (kData) with three lists: weights not filled, tensors not known, shapes
+/// that differ
 std::vector<MatchedWeight> match_weights(Model& model, const io::TensorSource& source);
 
-/// Rows of q or k (or their bias) from llama.cpp's order, where neighbours are rotated together, to Hugging Face's,
-/// where halves are: [heads, head_dim/2, 2] becomes [heads, 2, head_dim/2]. And back.
+/// Rows of q or k (or their bias) from llama.cpp's order, where neighbours are rotated together, to
+/// Hugging Face's, where halves are: [heads, head_dim/2, 2] becomes [heads, 2, head_dim/2]. And
+/// back.
 Tensor rope_rows_from_gguf(const Tensor& rows, int64_t head_dim);
 Tensor rope_rows_to_gguf(const Tensor& rows, int64_t head_dim);
 

@@ -16,20 +16,27 @@ struct Arguments {
 
 int run_inspect(const Arguments& arguments) {
   const Inspection result = inspect(arguments.path);
-  std::fputs((arguments.json ? facts_json(result.facts) : facts_text(result.facts)).c_str(), stdout);
+  std::fputs((arguments.json ? facts_json(result.facts) : facts_text(result.facts)).c_str(),
+             stdout);
   return static_cast<int>(result.sound ? ExitCode::kDone : ExitCode::kData);
 }
 
 }  // namespace
 
 void add_inspect(CLI::App& app, Command& command) {
-  auto* verb = app.add_subcommand("inspect", "What a file or folder holds, and whether it is sound (exit 3 if not)");
+  auto* verb = app.add_subcommand(
+      "inspect", "What a file or folder holds, and whether it is sound (exit 3 if not)");
   auto arguments = std::make_shared<Arguments>();
   verb->add_option("PATH", arguments->path,
-                   "adapter, checkpoint or model folder; token shard (.h5, read whole), .gguf or .safetensors file")->required();
+                   "adapter, checkpoint or model folder; token shard (.h5, read whole), .gguf or "
+                   ".safetensors file")
+      ->required();
   verb->add_flag("--json", arguments->json, "one JSON object on standard output");
-  verb->footer("Examples:\n  graft inspect runs/quickstart/adapter\n  graft inspect data/cache/answers/train-000.h5 --json");
-  verb->callback([arguments, &command] { command.run = [arguments] { return run_inspect(*arguments); }; });
+  verb->footer(
+      "Examples:\n  graft inspect runs/quickstart/adapter\n  graft inspect "
+      "data/cache/answers/train-000.h5 --json");
+  verb->callback(
+      [arguments, &command] { command.run = [arguments] { return run_inspect(*arguments); }; });
 }
 
 }  // namespace graft::launcher

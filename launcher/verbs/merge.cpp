@@ -12,15 +12,19 @@ namespace {
 
 int run_merge(const MergeOptions& options) {
   MergeReport report = merge(options);
-  std::printf("%s: %lld file(s), %s%s\n", options.output.c_str(), static_cast<long long>(report.num_files),
-              bytes_text(report.bytes).c_str(),
-              report.has_tokenizer ? "" : "; the base has no tokenizer file to copy: add one before generating");
-  std::printf("survives rounding: %.4f %% of the change, %zu tensors\n", 100 * report.total.share(), report.tensors.size());
+  std::printf("%s: %lld file(s), %s%s\n", options.output.c_str(),
+              static_cast<long long>(report.num_files), bytes_text(report.bytes).c_str(),
+              report.has_tokenizer
+                  ? ""
+                  : "; the base has no tokenizer file to copy: add one before generating");
+  std::printf("survives rounding: %.4f %% of the change, %zu tensors\n", 100 * report.total.share(),
+              report.tensors.size());
   constexpr size_t kWorst = 3;
   std::sort(report.tensors.begin(), report.tensors.end(),
             [](const Survival& a, const Survival& b) { return a.share() < b.share(); });
   for (size_t i = 0; i < std::min(kWorst, report.tensors.size()); ++i) {
-    std::printf("  %8.4f %%  %s\n", 100 * report.tensors[i].share(), report.tensors[i].name.c_str());
+    std::printf("  %8.4f %%  %s\n", 100 * report.tensors[i].share(),
+                report.tensors[i].name.c_str());
   }
   return 0;
 }
@@ -30,15 +34,24 @@ int run_merge(const MergeOptions& options) {
 void add_merge(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("merge", "Write base and adapters as one Hugging Face model");
   auto options = std::make_shared<MergeOptions>();
-  verb->add_option("--model", options->model, "the base: Hugging Face folder or GGUF file")->required();
-  verb->add_option("--adapter", options->adapters, "adapter folder; several are merged in order")->required();
-  verb->add_option("--output", options->output, "folder to make; must not exist or be empty")->required();
-  verb->add_option("--dtype", options->dtype, "auto: as stored, float32 where the base is quantised")
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))->capture_default_str();
-  verb->add_option("--max-file-bytes", options->max_file_bytes, "a larger model is cut into several files")
-      ->check(CLI::PositiveNumber)->capture_default_str();
-  verb->footer("Examples:\n  graft merge --model models/llama --adapter runs/quickstart/adapter --output models/merged\n"
-               "  graft merge --model m.gguf --adapter a b --output merged --dtype bfloat16");
+  verb->add_option("--model", options->model, "the base: Hugging Face folder or GGUF file")
+      ->required();
+  verb->add_option("--adapter", options->adapters, "adapter folder; several are merged in order")
+      ->required();
+  verb->add_option("--output", options->output, "folder to make; must not exist or be empty")
+      ->required();
+  verb->add_option("--dtype", options->dtype,
+                   "auto: as stored, float32 where the base is quantised")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
+      ->capture_default_str();
+  verb->add_option("--max-file-bytes", options->max_file_bytes,
+                   "a larger model is cut into several files")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  verb->footer(
+      "Examples:\n  graft merge --model models/llama --adapter runs/quickstart/adapter --output "
+      "models/merged\n"
+      "  graft merge --model m.gguf --adapter a b --output merged --dtype bfloat16");
   verb->callback([options, &command] { command.run = [options] { return run_merge(*options); }; });
 }
 

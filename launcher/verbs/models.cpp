@@ -31,17 +31,22 @@ std::vector<std::string> shapes() {
   return stems;
 }
 
-std::string shape_path(const std::string& stem) { return source_dir() + "/configs/models/" + stem + ".yaml"; }
+std::string shape_path(const std::string& stem) {
+  return source_dir() + "/configs/models/" + stem + ".yaml";
+}
 
 Facts catalogue() {
   Facts facts{{"families", Facts::object()}, {"shapes", Facts::object()}};
   for (const auto& family : models::families()) {
-    facts["families"][family.name] = {{"summary", family.summary}, {"model_types", family.model_types}};
+    facts["families"][family.name] = {{"summary", family.summary},
+                                      {"model_types", family.model_types}};
   }
   for (const std::string& stem : shapes()) {
     const auto model = models::make_model(models::read_base_config(shape_path(stem)));
-    facts["shapes"][stem] = {{"family", model->info().family}, {"model_type", model->info().model_type},
-                             {"parameters", num_parameters(*model)}, {"path", shape_path(stem)}};
+    facts["shapes"][stem] = {{"family", model->info().family},
+                             {"model_type", model->info().model_type},
+                             {"parameters", num_parameters(*model)},
+                             {"path", shape_path(stem)}};
   }
   return facts;
 }
@@ -49,12 +54,14 @@ Facts catalogue() {
 void print_catalogue(const Facts& facts) {
   std::printf("families:\n");
   for (const auto& [name, family] : facts["families"].items()) {
-    std::printf("  %-14s %s\n  %-14s model_type: %s\n", name.c_str(), family["summary"].get<std::string>().c_str(), "",
+    std::printf("  %-14s %s\n  %-14s model_type: %s\n", name.c_str(),
+                family["summary"].get<std::string>().c_str(), "",
                 configs::join(family["model_types"].get<std::vector<std::string>>(), ", ").c_str());
   }
   std::printf("shapes (configs/models, without weights):\n");
   for (const auto& [name, shape] : facts["shapes"].items()) {
-    std::printf("  %-14s %-9s %12s parameters\n", name.c_str(), shape["model_type"].get<std::string>().c_str(),
+    std::printf("  %-14s %-9s %12s parameters\n", name.c_str(),
+                shape["model_type"].get<std::string>().c_str(),
                 count_text(shape["parameters"]).c_str());
   }
 }
@@ -74,7 +81,6 @@ Facts model_facts(const std::string& path) {
           {"model_type", info.model_type},
           {"hf_class", info.hf_class},
           {"parameters", num_parameters(*model)},
-          {"block_parameters", info.block_macs},
           {"hidden_size", info.hidden_size},
           {"num_layers", info.num_layers},
           {"vocab_size", info.vocab_size},
@@ -108,7 +114,8 @@ void add_models(CLI::App& app, Command& command) {
   verb->add_option("NAME", arguments->name, "a shape of configs/models, or the path of a model");
   verb->add_flag("--json", arguments->json, "one JSON object on standard output");
   verb->footer("Examples:\n  graft models\n  graft models llama3_8b --json");
-  verb->callback([arguments, &command] { command.run = [arguments] { return models_verb(*arguments); }; });
+  verb->callback(
+      [arguments, &command] { command.run = [arguments] { return models_verb(*arguments); }; });
 }
 
 }  // namespace graft::launcher

@@ -209,8 +209,8 @@ std::map<std::string, std::string> parse_safetensors_index(std::string_view text
                 "' must name a file");
     const auto& name = file.get_ref<const std::string&>();
     GRAFT_CHECK(is_plain_file_name(name) && name.ends_with(".safetensors"), ExitCode::kData, path,
-                ": weight_map '", tensor, "' names '", name,
-                "'; expected a .safetensors file in the same folder");
+                ": weight_map '", tensor, "' names ", file.dump(),
+                "; expected a .safetensors file in the same folder");
     files.emplace(tensor, name);
   }
   return files;
