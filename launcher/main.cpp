@@ -1,9 +1,11 @@
 // The graft program: parse, find the ranks, run the verb. The only place that catches, so that no rank waits forever.
+#include <c10/util/Exception.h>
+
 #include <malloc.h>
 #include <unistd.h>
 
 #include <chrono>
-#include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <optional>
@@ -39,9 +41,21 @@ int guarded(int rank, dist::MpiSession* session, F action) {
     return fail(error.what(), error.code(), rank, session);
   } catch (const std::bad_alloc&) {
     return fail("out of memory on rank " + std::to_string(rank), ExitCode::kMemory, rank, session);
+  } catch (const c10::Error& error) {  // its what() holds a stack trace
+    log::debug(error.what());
+    return fail(std::string("a bug in Graft, please report it: ") + error.what_without_backtrace(), ExitCode::kBug, rank,
+                session);
   } catch (const std::exception& error) {
     return fail(std::string("a bug in Graft, please report it: ") + error.what(), ExitCode::kBug, rank, session);
   }
+}
+
+/// OpenMP threads that wait spin, and on a shared or oversubscribed machine take the cores from those that work (seen:
+/// 72 % of a step). The library reads the limit when it is loaded, so the program starts itself once more with it set.
+void limit_spinning(char** argv) {
+  if (std::getenv("GOMP_SPINCOUNT") != nullptr || std::getenv("OMP_WAIT_POLICY") != nullptr) return;
+  setenv("GOMP_SPINCOUNT", "10000", 1);
+  execv("/proc/self/exe", argv);  // comes back only if it fails; then the run is slower, not wrong
 }
 
 }  // namespace
@@ -50,6 +64,7 @@ int guarded(int rank, dist::MpiSession* session, F action) {
 int main(int argc, char** argv) {
   using namespace graft;            // NOLINT
   using namespace graft::launcher;  // NOLINT
+  limit_spinning(argv);
   // Tensors of a step come and go; giving their pages back to the system each time costs more than the arithmetic.
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);

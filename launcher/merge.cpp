@@ -124,7 +124,7 @@ Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int6
   GRAFT_CHECK(at::isfinite(written).all().item<bool>(), ExitCode::kNumerics, "merge: ", item.name,
               " holds numbers that ", dtype_name(item.dtype),
               " cannot; use --dtype float32 or bfloat16");
-  const Tensor change = merged.sub_(base);
+  const Tensor change = merged - base;
   const Tensor kept = written.to(at::kFloat) - base.to(item.dtype).to(at::kFloat);
   report.tensors.push_back({item.name, energy(change), energy(kept - change)});
   return written;

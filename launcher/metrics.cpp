@@ -5,9 +5,9 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <vector>
 
 #include "configs/check.h"
+#include "launcher/checkpoint/manifest.h"
 
 namespace graft::launcher {
 namespace {
@@ -19,12 +19,12 @@ std::string fixed(double value, const char* pattern) {
 }
 
 /// The lines of an earlier attempt up to `step`.
-std::vector<std::string> lines_until(const std::string& path, int64_t step) {
+std::string lines_until(const std::string& path, int64_t step) {
   std::ifstream in(path);
-  std::vector<std::string> kept;
+  std::string kept;
   for (std::string line; std::getline(in, line);) {
     const auto object = nlohmann::json::parse(line, nullptr, false);
-    if (object.is_object() && object.value("step", int64_t{0}) <= step) kept.push_back(line);
+    if (object.is_object() && object.value("step", int64_t{0}) <= step) kept += line + '\n';
   }
   return kept;
 }
@@ -42,11 +42,9 @@ Metrics::Metrics(const std::string& output_dir, int64_t resumed_step, Workbench&
   reduced_ = bench_.world.comm().bytes(dist::Traffic::kReduced);
   if (bench_.world.rank() != 0) return;
   const std::string path = output_dir + "/metrics.jsonl";
-  const auto kept = lines_until(path, resumed_step);
-  out_.open(path, std::ios::trunc);
+  write_text(path, lines_until(path, resumed_step));
+  out_.open(path, std::ios::app);
   GRAFT_CHECK(out_.good(), path, ": cannot be written");
-  for (const std::string& line : kept) out_ << line << '\n';
-  out_.flush();
 }
 
 void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> eval_loss, int64_t logging_steps) {

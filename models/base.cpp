@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <filesystem>
 
 #include "configs/check.h"
@@ -99,6 +100,7 @@ class RandomSource : public io::TensorSource {
       }
     } collect(tensors_, model.names());
     for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, collect);
+    std::sort(tensors_.begin(), tensors_.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
   }
   const std::vector<io::SourceTensor>& tensors() const override { return tensors_; }
   Tensor read(const std::string& name) override {

@@ -55,6 +55,8 @@ class Method {
   virtual void after_reduce(const StepInfo& /*info*/) {}
   /// The optimiser has moved the parameters.
   virtual void after_step(const StepInfo& /*info*/) {}
+  /// True if the model computes the same with and without the method before the first step.
+  virtual bool starts_as_base() const { return true; }
 
   /// PEFT's name of the method ("LORA"); empty where PEFT has none.
   virtual std::string peft_type() const { return ""; }

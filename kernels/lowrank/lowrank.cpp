@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "configs/check.h"
+#include "kernels/gemm/gemm.h"
 
 namespace graft::kernels {
 namespace {
@@ -16,7 +17,7 @@ struct LowrankAdd : torch::autograd::Function<LowrankAdd> {
   static at::Tensor forward(AutogradContext* ctx, at::Tensor base_out, const at::Tensor& x,
                             const at::Tensor& a, const at::Tensor& b, double scale) {
     const at::Tensor a_cast = a.to(x.scalar_type()), b_cast = b.to(x.scalar_type());
-    const at::Tensor inner = at::mm(rows(x), a_cast.t());  // [N, r]
+    const at::Tensor inner = gemm(rows(x), a_cast.t());  // [N, r]
     base_out.view({-1, b.size(0)}).addmm_(inner, b_cast.t(), 1, scale);
     ctx->mark_dirty({base_out});
     ctx->save_for_backward({x, a_cast, b_cast, inner});
@@ -35,11 +36,11 @@ struct LowrankAdd : torch::autograd::Function<LowrankAdd> {
     const at::Tensor d_y = rows(grads[0]);
     at::Tensor d_x, d_a, d_b;
     if (ctx->needs_input_grad(1) || ctx->needs_input_grad(2)) {
-      const at::Tensor d_inner = at::mm(d_y, b).mul_(scale);
-      if (ctx->needs_input_grad(1)) d_x = at::mm(d_inner, a).view(x.sizes());
-      if (ctx->needs_input_grad(2)) d_a = at::mm(d_inner.t(), rows(x)).to(type("a_type"));
+      const at::Tensor d_inner = gemm(d_y, b).mul_(scale);
+      if (ctx->needs_input_grad(1)) d_x = gemm(d_inner, a).view(x.sizes());
+      if (ctx->needs_input_grad(2)) d_a = gemm(d_inner.t(), rows(x)).to(type("a_type"));
     }
-    if (ctx->needs_input_grad(3)) d_b = at::mm(d_y.t(), inner).to(type("b_type")).mul_(scale);
+    if (ctx->needs_input_grad(3)) d_b = gemm(d_y.t(), inner).to(type("b_type")).mul_(scale);
     return {grads[0], d_x, d_a, d_b, at::Tensor()};
   }
 };

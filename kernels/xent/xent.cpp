@@ -5,6 +5,7 @@
 
 #include "kernels/device.h"
 #include "kernels/element.h"
+#include "kernels/gemm/gemm.h"
 
 namespace graft::kernels {
 namespace cpu {
@@ -115,16 +116,14 @@ XentResult frozen_head_loss(const at::Tensor& hidden, const at::Tensor& weight,
   if (rows > 0) {
     const int64_t row_bytes = weight.size(0) * static_cast<int64_t>(weight.element_size());
     const int64_t chunk = rows_a_chunk(rows, row_bytes, logits_bytes);
-    const at::Tensor buffer = at::empty({chunk, weight.size(0)}, weight.options());
     for (int64_t first = 0; first < rows; first += chunk) {
       const int64_t count = std::min(chunk, rows - first);
       const at::Tensor at_rows = labelled.narrow(0, first, count);
-      at::Tensor logits = buffer.narrow(0, 0, count);
-      at::mm_out(logits, hidden.index_select(0, at_rows).to(weight.scalar_type()), weight.t());
+      const at::Tensor logits = gemm(hidden.index_select(0, at_rows).to(weight.scalar_type()), weight.t());
       softmax_loss(logits, labels.index_select(0, at_rows), losses.narrow(0, first, count),
                    gradient == Gradient::kCompute ? logits : at::Tensor());
       if (gradient == Gradient::kSkip) continue;
-      result.d_hidden.index_copy_(0, at_rows, at::mm(logits, weight).to(hidden.scalar_type()));
+      result.d_hidden.index_copy_(0, at_rows, gemm(logits, weight).to(hidden.scalar_type()));
     }
   }
   result.loss_sum = losses.sum(at::kDouble);

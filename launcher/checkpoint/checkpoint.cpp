@@ -233,6 +233,8 @@ void load_checkpoint(const std::string& directory, Workbench& bench, Trainer& tr
               " micro-batches, this run's ", trainer.num_lanes(), " (ranks x train.gradient_accumulation_steps = ",
               bench.world.size(), " x ", run.train.gradient_accumulation_steps, "); set the accumulation to ",
               number("lanes_per_step"), " / ranks");
+  GRAFT_CHECK(number("max_steps") <= trainer.max_steps(), directory, " belongs to a run of ", number("max_steps"),
+              " steps, this one has ", trainer.max_steps(), "; a resumed run can be made longer, not shorter");
   GRAFT_CHECK(saved.value("base_fingerprint", "") == bench.fingerprint, ExitCode::kData, directory,
               ": was made on a base with fingerprint ", saved.value("base_fingerprint", ""), ", this one has ", bench.fingerprint);
   bench.adapters->load(directory);

@@ -19,6 +19,10 @@ int run_merge(const MergeOptions& options) {
                   : "; the base has no tokenizer file to copy: add one before generating");
   std::printf("survives rounding: %.4f %% of the change, %zu tensors\n", 100 * report.total.share(),
               report.tensors.size());
+  if (report.total.share() < 0.5) {
+    std::printf(
+        "  rounding errors are about as large as the change itself; --dtype float32 avoids them\n");
+  }
   constexpr size_t kWorst = 3;
   std::sort(report.tensors.begin(), report.tensors.end(),
             [](const Survival& a, const Survival& b) { return a.share() < b.share(); });

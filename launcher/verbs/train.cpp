@@ -101,6 +101,9 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   if (checkpoint) {
     load_checkpoint(*checkpoint, bench, trainer, run);
     log::info("resumed from " + *checkpoint);
+    if (trainer.state().step >= trainer.max_steps()) {
+      log::info("this run has finished already: nothing is left to train; a larger train.max_steps goes on");
+    }
   }
   if (world.rank() == 0) {
     write_text(output_dir + "/config.yaml", configs::dump(run));

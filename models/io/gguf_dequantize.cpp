@@ -143,21 +143,21 @@ void dequantize_ggml(GgmlType type, const std::byte* blocks, int64_t num_blocks,
       return each([](const uint8_t* b, float* v) { *v = half(b); });
     case GgmlType::kBF16:
       return each([](const uint8_t* b, float* v) { *v = bfloat16(b); });
-    case GgmlType::kQ4_0:
+    case GgmlType::kQ40:
       return each(q4_0);
-    case GgmlType::kQ4_1:
+    case GgmlType::kQ41:
       return each(q4_1);
-    case GgmlType::kQ5_0:
+    case GgmlType::kQ50:
       return each(q5_0);
-    case GgmlType::kQ5_1:
+    case GgmlType::kQ51:
       return each(q5_1);
-    case GgmlType::kQ8_0:
+    case GgmlType::kQ80:
       return each(q8_0);
-    case GgmlType::kQ4_K:
+    case GgmlType::kQ4K:
       return each(q4_k);
-    case GgmlType::kQ5_K:
+    case GgmlType::kQ5K:
       return each(q5_k);
-    case GgmlType::kQ6_K:
+    case GgmlType::kQ6K:
       return each(q6_k);
   }
   GRAFT_ASSERT(false, "ggml type ", static_cast<uint32_t>(type));

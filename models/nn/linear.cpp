@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "kernels/gemm/gemm.h"
+
 namespace graft::models {
 namespace {
 
@@ -10,13 +12,13 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Weight* weight,
                         const Weight* bias) {
     ctx->saved_data["weight"] = reinterpret_cast<int64_t>(weight);
-    return bias->defined() ? at::linear(x, weight->dense(), bias->dense())
-                           : at::linear(x, weight->dense());
+    const Tensor y = kernels::gemm_linear(x, weight->dense());
+    return bias->defined() ? y + bias->dense() : y;
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list dy) {
     const auto* weight = reinterpret_cast<const Weight*>(ctx->saved_data["weight"].toInt());
-    return {at::matmul(dy[0], weight->dense()), Tensor(), Tensor()};
+    return {kernels::gemm_linear(dy[0], weight->dense().t()), Tensor(), Tensor()};
   }
 };
 

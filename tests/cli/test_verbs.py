@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import gguf
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -125,7 +126,7 @@ def write_gguf(path, tensors):
 def test_help_fits_forty_lines_and_ends_with_two_examples(verb):
     lines = run(verb, "--help").rstrip().splitlines()
     assert len(lines) <= 40
-    assert lines[-3] == "Examples:" and all("graft " + verb in line for line in lines[-2:-1])
+    assert lines[-3] == "Examples:" and all("graft " + verb in line for line in lines[-2:])
 
 
 # --- methods, models --------------------------------------------------------------------------------------------------
@@ -214,22 +215,22 @@ def test_inspect_shard_reads_all_of_it(tmp_path):
     assert str(shard) in run("inspect", shard, code=3)
 
 
-def write_checkpoint(adapter, folder):
-    """As a run leaves it: the hashes are those of the reference library."""
-    xxhash = pytest.importorskip("xxhash")
-    shutil.copytree(adapter, folder)
-    (folder / "config.yaml").write_text("model: {}\n")
-    (folder / "trainer.json").write_text(json.dumps({"step": 20, "world": 2}))
-    files = {f.name: {"bytes": f.stat().st_size, "xxh3_128": xxhash.xxh3_128_hexdigest(f.read_bytes())} for f in folder.iterdir()}
-    (folder / "MANIFEST.json").write_text(json.dumps({"format": 1, "files": files}))
-    return folder
-
-
-def test_inspect_checkpoint_verifies_the_manifest(adapter, tmp_path):
-    checkpoint = write_checkpoint(adapter, tmp_path / "step-00000020")
+def test_inspect_checkpoint_verifies_the_manifest(model, tmp_path):
+    with h5py.File(tmp_path / "rows.h5", "w") as rows:
+        rows.attrs.update(graft_schema=1, kind="tokens", num_samples=2, created_by="test", tokenizer_sha256="0" * 64, vocab_size=VOCABULARY)
+        rows["tokens"], rows["offsets"] = np.arange(20, dtype=np.uint32), np.array([0, 8, 20], np.uint64)
+        rows["loss_mask"] = np.ones(20, np.uint8)
+    (tmp_path / "run.yaml").write_text(json.dumps({
+        "schema": 1, "model": {"name_or_path": str(model), "quantization": "none"}, "peft": [{"method": "lora", "r": 4}],
+        "data": {"train": [str(tmp_path / "rows.h5")], "max_length": 16}, "train": {"max_steps": 2},
+        "checkpoint": {"output_dir": str(tmp_path / "run"), "save_steps": 2}}))
+    run("train", tmp_path / "run.yaml")
+    checkpoint = tmp_path / "run/checkpoints/step-00000002"
     found = facts("inspect", checkpoint)
-    assert (found["kind"], found["step"], found["world"], found["adapter"]["r"]) == ("checkpoint", 20, 2, 4)
-    (checkpoint / "config.yaml").write_text("model: []\n")
+    assert (found["kind"], found["step"], found["world"], found["adapter"]["r"]) == ("checkpoint", 2, 1, 4)
+    assert facts("inspect", tmp_path / "run/adapter")["zero_products"] == 0
+    config_file = checkpoint / "config.yaml"
+    config_file.write_bytes(config_file.read_bytes()[:-2] + b"!\n")
     done = subprocess.run([GRAFT, "inspect", checkpoint], capture_output=True, text=True)
     assert done.returncode == 3 and "config.yaml has another hash" in done.stdout
 

@@ -185,7 +185,7 @@ TEST(BitsAndBytes, SurvivesDamageAnywhere) {
     SafetensorsSource source(folder.write("model.safetensors", bytes));
     for (const SourceTensor& tensor : source.tensors()) source.read(tensor.name);
   });
-  EXPECT_GT(refused, 1000);
+  EXPECT_GT(refused, 500);
 }
 
 }  // namespace

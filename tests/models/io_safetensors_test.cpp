@@ -216,7 +216,7 @@ TEST(SafetensorsHeader, RefusesTooManyTensors) {
 TEST(SafetensorsHeader, SurvivesDamageAnywhere) {
   const std::string file = written(one_of_each(), {{"format", "pt"}});
   // The header is 85 % of the file; some of its bytes (names, padding) may take other values.
-  EXPECT_GT(count_refusals(file, parse), static_cast<int>(file.size()) * 2);
+  EXPECT_GT(count_refusals(file, parse), static_cast<int>(file.size()));
 }
 
 TEST(SafetensorsIndex, ListsTheFileOfEachTensor) {

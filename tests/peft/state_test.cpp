@@ -1,0 +1,169 @@
+// Adapter directories: what does not fit is refused with names and leaves every value as it was.
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "tests/peft/tiny.h"
+
+namespace graft::peft {
+namespace {
+
+using models::io::expect_refused;
+
+constexpr const char* kFirstA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
+
+class Directories : public testing::Test {
+ protected:
+  void SetUp() override {
+    tiny.attach("lora", methods().make("lora"));
+    tiny.load();
+    tiny.jitter();
+    saved = tiny.adapters.save(0, {"base", "CAUSAL_LM", "print"});
+    hash = tiny.adapters.params().hash();
+  }
+  /// Loads `saved`, which a test has damaged.
+  void expect_load_refused(const std::string& words) {
+    Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+    expect_refused([&] { tiny.adapters.load(folder.path()); }, words);
+    EXPECT_EQ(tiny.adapters.params().hash(), hash) << "half loaded";
+  }
+  /// Starts from the directory, whose config a test has changed.
+  void expect_start_refused(const std::string& words) {
+    Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+    Tiny other("llama");
+    expect_refused([&] { other.adapters.attach_frozen(folder.path()); }, words);
+  }
+  Tensor& tensor(const std::string& key) {
+    for (auto& [name, value] : saved.tensors) {
+      if (name == key) return value;
+    }
+    throw Error(ExitCode::kBug, key);
+  }
+
+  TestFolder folder;
+  Tiny tiny{"llama"};
+  Peft::Saved saved;
+  std::string hash;
+};
+
+TEST_F(Directories, AMissingConfigIsNamed) {
+  expect_refused([&] { tiny.adapters.attach_frozen(folder.path()); }, "no adapter_config.json");
+}
+
+TEST_F(Directories, MissingWeightsAreNamed) {
+  expect_refused([&] { tiny.adapters.load(folder.path()); }, "adapter_model.safetensors");
+}
+
+TEST_F(Directories, AMissingTensorIsNamed) {
+  std::erase_if(saved.tensors, [](const auto& t) { return t.first == kFirstA; });
+  expect_load_refused(std::string("missing: ") + kFirstA);
+}
+
+TEST_F(Directories, AnUnknownTensorIsNamed) {
+  saved.tensors.emplace_back("base_model.model.lm_head.weight", at::ones({2, 2}));
+  expect_load_refused("unknown: base_model.model.lm_head.weight");
+}
+
+TEST_F(Directories, AWrongShapeIsNamedWithBoth) {
+  tensor(kFirstA) = at::zeros({4, 48});
+  expect_load_refused(std::string("shape: ") + kFirstA + " is [4, 48], expected [8, 48]");
+}
+
+TEST_F(Directories, ANumberThatIsNotFiniteIsRefused) {
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+    tensor(kFirstA)[0][0] = bad;
+    expect_load_refused(std::string("not finite: ") + kFirstA);
+  }
+}
+
+TEST_F(Directories, EveryProblemIsListedAtOnce) {
+  tensor(kFirstA)[0][0] = std::numeric_limits<double>::quiet_NaN();
+  saved.tensors.emplace_back("stranger", at::ones({1}));
+  Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+  expect_refused([&] { tiny.adapters.load(folder.path()); }, "not finite");
+  expect_refused([&] { tiny.adapters.load(folder.path()); }, "unknown: stranger");
+}
+
+TEST_F(Directories, HalfPrecisionBecomesFloat) {
+  for (auto& [name, value] : saved.tensors) value = value.to(at::kBFloat16);
+  Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+  tiny.adapters.load(folder.path());
+  for (size_t i = 0; i < saved.tensors.size(); ++i) {
+    EXPECT_TRUE(at::equal(tiny.params()[i].value, saved.tensors[i].second.to(at::kFloat)));
+  }
+}
+
+TEST_F(Directories, AnUnknownTypeIsNamed) {
+  saved.config["peft_type"] = "NO_SUCH";
+  expect_start_refused("peft_type 'NO_SUCH' is not supported; known: LORA");
+  saved.config.erase("peft_type");
+  expect_start_refused("peft_type '' is not supported");
+}
+
+TEST_F(Directories, AnEntryThatChangesTheMathematicsIsNamed) {
+  saved.config["use_dora"] = true;
+  expect_start_refused("use_dora = true");
+  saved.config["use_dora"] = false;
+  saved.config["an_entry_of_tomorrow"] = 3;
+  expect_start_refused("an_entry_of_tomorrow = 3");
+}
+
+// PEFT takes these apart again when it loads: the base under such an adapter is not the one in the files.
+TEST_F(Directories, AnInitialisationThatChangesTheBaseIsRefused) {
+  for (const char* init : {"pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"}) {
+    saved.config["init_lora_weights"] = init;
+    expect_start_refused(std::string("init_lora_weights = \"") + init + "\"");
+  }
+  saved.config["init_lora_weights"] = "gaussian";
+  Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+  EXPECT_NO_THROW(Tiny("llama").adapters.attach_frozen(folder.path()));
+}
+
+TEST_F(Directories, ValuesOutOfRangeAreRefused) {
+  const nlohmann::json good = saved.config;
+  const std::vector<std::pair<const char*, nlohmann::json>> bad = {
+      {"r", -4}, {"r", 0}, {"lora_alpha", 0}, {"lora_dropout", 1.5}, {"bias", "some"}, {"rank_pattern", {{"q_proj", 0}}}};
+  for (const auto& [key, value] : bad) {
+    saved.config = good;
+    saved.config[key] = value;
+    expect_start_refused("adapter_config.json: " + std::string(key));
+  }
+}
+
+TEST_F(Directories, AValueOfTheWrongTypeIsRefused) {
+  saved.config["r"] = "eight";
+  expect_start_refused("r = \"eight\" has the wrong type");
+}
+
+TEST_F(Directories, TwoMethodsAreLoadedBothOrNeither) {
+  Tiny two("llama");
+  two.attach("lora", methods().make("lora"));
+  two.attach("lora", methods().make("lora"));
+  two.load();
+  const std::string before = two.adapters.params().hash();
+  Tiny::write_adapter(folder.path() + "/0", saved.config, saved.tensors);
+  expect_refused([&] { two.adapters.load(folder.path()); }, "/1/adapter_model.safetensors");
+  EXPECT_EQ(two.adapters.params().hash(), before) << "half loaded";
+  Tiny::write_adapter(folder.path() + "/1", saved.config, saved.tensors);
+  two.adapters.load(folder.path());
+  EXPECT_NE(two.adapters.params().hash(), before);
+}
+
+TEST_F(Directories, AFrozenAdapterUnderATrainedOneStaysAsItWas) {
+  tiny.save(folder.path());
+  Tiny stack("llama");
+  stack.adapters.attach_frozen(folder.path());
+  stack.attach("lora", methods().make("lora"));
+  stack.load();
+  const data::Batch batch = make_lane(0).batch;
+  EXPECT_TRUE(at::equal(stack.logits(batch), tiny.logits(batch)));  // the upper one starts at zero
+  for (int i = 0; i < 3; ++i) stack.step({make_lane(0)}, 1);
+  for (const Param& p : stack.params()) {
+    const at::NoGradGuard no_grad;
+    Tensor(p.value).zero_();
+  }
+  EXPECT_TRUE(at::equal(stack.logits(batch), tiny.logits(batch)));
+}
+
+}  // namespace
+}  // namespace graft::peft
