@@ -7,8 +7,11 @@
 #include <chrono>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <new>
 #include <optional>
+#include <string>
+#include <system_error>
 #include <thread>
 
 #include "configs/check.h"
@@ -55,7 +58,9 @@ int guarded(int rank, dist::MpiSession* session, F action) {
 void limit_spinning(char** argv) {
   if (std::getenv("GOMP_SPINCOUNT") != nullptr || std::getenv("OMP_WAIT_POLICY") != nullptr) return;
   setenv("GOMP_SPINCOUNT", "10000", 1);
-  execv("/proc/self/exe", argv);  // comes back only if it fails; then the run is slower, not wrong
+  std::error_code error;
+  const std::string program = std::filesystem::read_symlink("/proc/self/exe", error);
+  execv(program.c_str(), argv);  // comes back only if it fails; then the run is slower, not wrong
 }
 
 }  // namespace

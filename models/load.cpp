@@ -56,27 +56,34 @@ std::string hash_of(const Tensor& bytes) {
   return hex;
 }
 
+/// The hash of a matrix that the file holds in 4 bits: of its codes and scales, however it will be stored here.
+std::string hash_of(const io::FourBit& m) {
+  std::vector<Tensor> parts = {m.codes, m.absmax};
+  if (m.nested()) parts.insert(parts.end(), {m.nested_absmax, m.nested_code, at::full({1}, m.nested_offset)});
+  for (Tensor& part : parts) part = part.contiguous().flatten().view(at::kByte);
+  return hash_of(at::cat(parts));
+}
+
 /// The payload of one weight, and the hash of what it came from.
 std::pair<Tensor, std::string> read(const MatchedWeight& item, io::TensorSource& source, int64_t head_dim,
                                     const LoadOptions& options) {
   const WeightFormat& format = item.weight->format();
+  const auto four_bit = source.read_four_bit(item.source->name);
+  std::string hash = four_bit ? hash_of(*four_bit) : "";
   const bool same_codes = (format.kind == WeightFormat::Kind::kNf4 && item.source->dtype == "nf4") ||
                           (format.kind == WeightFormat::Kind::kFp4 && item.source->dtype == "fp4");
-  if (same_codes && !options.prepare_weight) {
-    const auto four_bit = source.read_four_bit(item.source->name);
-    if (four_bit && four_bit->nested() == format.nested) {
-      kernels::FourBitCodes codes{format.kind == WeightFormat::Kind::kNf4 ? kernels::FourBitType::kNf4
-                                                                          : kernels::FourBitType::kFp4,
-                                  four_bit->codes, four_bit->absmax, four_bit->nested_absmax,
-                                  four_bit->nested_offset, {}};
-      GRAFT_CHECK(!four_bit->nested() || at::equal(four_bit->nested_code, kernels::dynamic_map()),
-                  ExitCode::kData, source.describe(), ": ", item.source->name,
-                  " has a nested_quant_map that is not bitsandbytes' dynamic map");
-      return {item.weight->encode(codes), hash_of(codes.codes.contiguous())};
-    }
+  if (four_bit && same_codes && four_bit->nested() == format.nested && !options.prepare_weight) {
+    kernels::FourBitCodes codes{format.kind == WeightFormat::Kind::kNf4 ? kernels::FourBitType::kNf4
+                                                                        : kernels::FourBitType::kFp4,
+                                four_bit->codes, four_bit->absmax, four_bit->nested_absmax,
+                                four_bit->nested_offset, {}};
+    GRAFT_CHECK(!four_bit->nested() || at::equal(four_bit->nested_code, kernels::dynamic_map()),
+                ExitCode::kData, source.describe(), ": ", item.source->name,
+                " has a nested_quant_map that is not bitsandbytes' dynamic map");
+    return {item.weight->encode(codes), std::move(hash)};
   }
   Tensor dense = source.read(item.source->name).contiguous();
-  std::string hash = hash_of(dense);
+  if (!four_bit) hash = hash_of(dense);
   if (item.transform != Transform::kIdentity) dense = rope_rows_from_gguf(dense, head_dim);
   if (options.prepare_weight && item.weight->use() == WeightUse::kMatrix) {
     dense = options.prepare_weight(item.name, dense);

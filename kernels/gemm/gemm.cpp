@@ -28,7 +28,8 @@ at::Tensor gemm(const at::Tensor& a, const at::Tensor& b) {
 at::Tensor gemm_linear(const at::Tensor& x, const at::Tensor& w) {
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = w.size(0);
-  return gemm(x.reshape({-1, x.size(-1)}), w.t()).view(sizes);
+  // Not view(): the product is this function's own, and autograd would forbid its users to add to it in place.
+  return at::_unsafe_view(gemm(x.reshape({-1, x.size(-1)}), w.t()), sizes);
 }
 
 }  // namespace graft::kernels

@@ -7,6 +7,7 @@
 
 #include <map>
 
+#include "configs/check.h"
 #include "dist/comm_factory.h"
 #include "peft/slot_map.h"
 #include "tests/testing.h"
@@ -20,43 +21,47 @@ using testing::Base;
 using Log = std::vector<std::string>;
 
 /// Adapters that do nothing but say that they were there. One a kind of slot.
-struct Probe {
-  std::string name;
-  Log& log;
+template <class Base>
+class Probe : public Base {
+ public:
+  Probe(std::string label, Log& log) : label_(std::move(label)), log_(log) {}
+
+ protected:
+  void enter() { log_.push_back(label_); }
+
+ private:
+  std::string label_;
+  Log& log_;
 };
-struct LinearProbe : Probe, LinearAdapter {
-  LinearProbe(const std::string& n, Log& l) : Probe{n, l} {}
-  Tensor forward(const Tensor& x, const LinearOp& base, const Pass&) override { return log.push_back(name), base(x); }
+struct LinearProbe : Probe<LinearAdapter> {
+  using Probe::Probe;
+  Tensor forward(const Tensor& x, const LinearOp& base, const Pass&) override { return enter(), base(x); }
 };
-struct SublayerProbe : Probe, SublayerAdapter {
-  SublayerProbe(const std::string& n, Log& l) : Probe{n, l} {}
-  Tensor forward(const Tensor& h, const Sublayer& sublayer, const Pass&) override {
-    return log.push_back(name), sublayer(h);
-  }
+struct SublayerProbe : Probe<SublayerAdapter> {
+  using Probe::Probe;
+  Tensor forward(const Tensor& h, const Sublayer& sublayer, const Pass&) override { return enter(), sublayer(h); }
 };
-struct AttentionProbe : Probe, AttentionAdapter {
-  AttentionProbe(const std::string& n, Log& l) : Probe{n, l} {}
+struct AttentionProbe : Probe<AttentionAdapter> {
+  using Probe::Probe;
   Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Core& core, const Pass&) override {
-    return log.push_back(name), core(q, k, v);
+    return enter(), core(q, k, v);
   }
 };
-struct SequenceProbe : Probe, SequenceAdapter {
-  SequenceProbe(const std::string& n, Log& l) : Probe{n, l} {}
-  Carry edit(Carry carry, const Pass&) override { return log.push_back(name), carry; }
+struct SequenceProbe : Probe<SequenceAdapter> {
+  using Probe::Probe;
+  Carry edit(Carry carry, const Pass&) override { return enter(), carry; }
 };
-struct TensorProbe : Probe, TensorAdapter {
-  TensorProbe(const std::string& n, Log& l) : Probe{n, l} {}
-  Tensor forward(const Tensor& t, const Pass&) override { return log.push_back(name), t; }
+struct TensorProbe : Probe<TensorAdapter> {
+  using Probe::Probe;
+  Tensor forward(const Tensor& t, const Pass&) override { return enter(), t; }
 };
-struct CarryProbe : Probe, CarryAdapter {
-  CarryProbe(const std::string& n, Log& l) : Probe{n, l} {}
-  Carry forward(Carry carry, const Stage& stage, const Pass&) override {
-    return log.push_back(name), stage(std::move(carry));
-  }
+struct CarryProbe : Probe<CarryAdapter> {
+  using Probe::Probe;
+  Carry forward(Carry carry, const Stage& stage, const Pass&) override { return enter(), stage(std::move(carry)); }
 };
-struct LossProbe : Probe, LossAdapter {
-  LossProbe(const std::string& n, Log& l) : Probe{n, l} {}
-  Tensor term(const Carry& carry, const Pass&) override { return log.push_back(name), at::zeros({}, carry.h().options()); }
+struct LossProbe : Probe<LossAdapter> {
+  using Probe::Probe;
+  Tensor term(const Carry& carry, const Pass&) override { return enter(), at::zeros({}, carry.h().options()); }
 };
 
 /// Puts a probe on every slot. @return the slots' names

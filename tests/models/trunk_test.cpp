@@ -23,7 +23,7 @@ using testing::batch_of;
 constexpr int64_t kLanes = 4;
 
 /// What a test varies.
-struct Setup {
+struct Variant {
   int layers = 2;
   bool tied_head = false;
   nlohmann::json targets = "all-linear";
@@ -45,12 +45,6 @@ std::vector<Lane> lanes_of(int rank, int world, const std::vector<int64_t>& empt
   return lanes;
 }
 
-double num_targets(const std::vector<Lane>& lanes) {
-  double sum = 0;
-  for (const Lane& lane : lanes) sum += static_cast<double>(lane.batch.num_targets);
-  return sum;
-}
-
 /// What a step leaves: the gradients, flat and in the ParamSet's order, and each lane's loss.
 struct Step {
   Tensor gradients;
@@ -66,7 +60,7 @@ void expect_equal(const Step& a, const Step& b) {
 /// A tiny Llama with LoRA on one rank.
 class Bench {
  public:
-  Bench(Comm& comm, const Setup& setup)
+  Bench(Comm& comm, const Variant& setup)
       : comm_(comm),
         base_(testing::tiny_llama(setup.layers, setup.tied_head), comm),
         adapters_(testing::attach(*base_.model, "lora",
@@ -135,7 +129,7 @@ class Bench {
   std::unique_ptr<peft::Peft> adapters_;
 };
 
-Step one_rank_step(const Setup& setup, const std::vector<int64_t>& empty = {}) {
+Step one_rank_step(const Variant& setup, const std::vector<int64_t>& empty = {}) {
   at::set_num_threads(1);  // as every virtual rank has
   const auto comm = dist::make_single_comm();
   return Bench(*comm, setup).step(lanes_of(0, 1, empty));
@@ -195,7 +189,7 @@ TEST(Trunk, StoppingAtTheLowestTrainedStageChangesNoBit) {
 
 TEST(Trunk, AnyNumberOfRanksGivesTheSameBits) {
   for (const bool tied : {false, true}) {
-    const Setup setup{.layers = 3, .tied_head = tied, .dropout = 0.1};
+    const Variant setup{.layers = 3, .tied_head = tied, .dropout = 0.1};
     const Step expected = one_rank_step(setup);
     for (const int world : {1, 2, 4}) {
       std::vector<Step> steps(static_cast<size_t>(world));
@@ -236,7 +230,7 @@ TEST(Trunk, ARankWithoutTokensTakesPartInEveryGather) {
 
 /// Bytes that a rank receives in a sweep after the first. Of N layer blocks two stay gathered from sweep to sweep when
 /// the way down reaches the bottom; the table of a tied model stays always, an untied one shares its buffer with the head.
-int64_t steady_bytes(const dist::BlockStore& store, const Setup& setup, int lowest) {
+int64_t steady_bytes(const dist::BlockStore& store, const Variant& setup, int lowest) {
   const int n = setup.layers;
   std::vector<int> gathered;
   for (int b = lowest <= 1 ? 3 : 1; b <= n; ++b) gathered.push_back(b);
@@ -250,7 +244,7 @@ int64_t steady_bytes(const dist::BlockStore& store, const Setup& setup, int lowe
 TEST(Trunk, GathersWhatTheFormulaSaysAndNothingBelowTheLowestTrainedStage) {
   for (const bool tied : {false, true}) {
     for (const nlohmann::json& only : {nlohmann::json(nullptr), nlohmann::json{2}, nlohmann::json{4}}) {
-      const Setup setup{.layers = 5, .tied_head = tied, .only_layers = only};
+      const Variant setup{.layers = 5, .tied_head = tied, .only_layers = only};
       for (const int world : {2, 4}) {
         run_virtual_ranks(world, [&](Comm& comm) {
           at::set_num_threads(1);

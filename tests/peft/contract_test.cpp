@@ -1,5 +1,5 @@
 // The contract every method meets, on every tiny model: a method is tested the day it stands in methods.def.
-// peft/README.md lists the clauses; CPU against CUDA is tests/gpu.sh's.
+// peft/README.md lists the clauses.
 #include <gtest/gtest.h>
 
 #include <mutex>
@@ -47,7 +47,7 @@ std::vector<Case> cases() {
 class Contract : public testing::TestWithParam<Case> {
  protected:
   static std::unique_ptr<Tiny> make(models::LoadOptions options = {}, dist::Comm* comm = nullptr) {
-    auto tiny = std::make_unique<Tiny>(GetParam().model);
+    auto tiny = std::make_unique<Tiny>(GetParam().model.c_str());
     std::shared_ptr<Method> method = registry().make(GetParam().method);
     read_fields(*method, GetParam().options);
     tiny->attach(GetParam().method, method);
@@ -168,7 +168,7 @@ TEST_P(Contract, MergedWeightsComputeTheSame) {
     for (const auto& adapter : slots.at(name)->adapters()) w = adapter->merged(w);
     return w;
   };
-  Tiny merged(GetParam().model);
+  Tiny merged(GetParam().model.c_str());
   merged.load(options);
   const data::Batch& batch = kLanes[0].batch;
   const Tensor expected = adapted->logits(batch);

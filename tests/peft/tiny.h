@@ -90,7 +90,7 @@ class Tiny : BaseWeights {
       : single_(dist::make_single_comm()), model(models::make_model(config)), adapters(*model, at::kCPU, 7) {
     at::set_num_threads(1);
   }
-  explicit Tiny(const std::string& model) : Tiny(tiny_config(model)) {}
+  explicit Tiny(const char* model) : Tiny(tiny_config(model)) {}
 
   void attach(const std::string& name, std::shared_ptr<Method> method, std::optional<std::string> init_from = {}) {
     entries_.push_back({name, std::move(method), std::move(init_from)});
