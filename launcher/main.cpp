@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <csignal>
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
@@ -28,9 +29,12 @@ int run_verb(const Command& command, const dist::Topology& topology, dist::MpiSe
 }
 
 /// Says what went wrong, once for the job, and ends all ranks. Ranks other than 0 wait a moment: where rank 0 met the
-/// same error it has said so and ended them.
+/// same error it has said so and ends them with SIGTERM, which a verb may have been watching.
 int fail(const std::string& message, ExitCode code, int rank, dist::MpiSession* session) {
-  if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(1));
+  if (rank != 0) {
+    std::signal(SIGTERM, SIG_DFL);
+    std::this_thread::sleep_for(std::chrono::seconds(2));
+  }
   log::error(message);
   if (session != nullptr) session->abort(code);
   return static_cast<int>(code);

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <set>
 
@@ -17,6 +18,58 @@ constexpr const char* kWeightsFile = "adapter_model.safetensors";
 /// PEFT writes the whole base matrix beside an adapted embedding or head; it is the base's, not the adapter's.
 bool is_base_copy(std::string_view key) { return key.ends_with(".base_layer.weight"); }
 
+/// What an adapter directory holds for `params`, in their order. Nothing is set.
+/// @throws graft::Error (kData) with the missing, unknown and misshapen tensors
+std::vector<Tensor> read_values(const std::vector<Param>& params, const std::string& directory) {
+  const models::io::SafetensorsFile file(directory + "/" + kWeightsFile);
+  std::vector<std::string> problems;
+  std::set<std::string, std::less<>> wanted;
+  std::vector<Tensor> values;
+  for (const Param& param : params) {
+    const std::string& key = param.hf_key.empty() ? param.name : param.hf_key;
+    wanted.insert(key);
+    if (file.find(key) == nullptr) {
+      problems.push_back("missing: " + key);
+      continue;
+    }
+    values.push_back(file.read(key));
+    if (values.back().sizes() != param.value.sizes()) {
+      problems.push_back(detail::concat("shape: ", key, " is ", values.back().sizes(), ", expected ", param.value.sizes()));
+    } else if (!at::isfinite(values.back()).all().item<bool>()) {
+      problems.push_back("not finite: " + key);
+    }
+  }
+  for (const auto& entry : file.entries()) {
+    if (!wanted.contains(entry.name) && !is_base_copy(entry.name)) problems.push_back("unknown: " + entry.name);
+  }
+  GRAFT_CHECK(problems.empty(), ExitCode::kData, file.path(), " does not fit this model:\n  ",
+              configs::join(problems, "\n  "));
+  return values;
+}
+
+void set_values(const std::vector<Param>& params, const std::vector<Tensor>& values) {
+  const at::NoGradGuard no_grad;
+  for (size_t i = 0; i < params.size(); ++i) params[i].value.copy_(values[i]);
+}
+
+bool is_within(const configs::Bound& bound, const configs::Node& value) {
+  if (value.kind != configs::Node::Kind::kScalar) {
+    return std::all_of(value.items.begin(), value.items.end(), [&](const auto& item) { return is_within(bound, item); });
+  }
+  if (!bound.choices.empty()) {
+    return std::find(bound.choices.begin(), bound.choices.end(), value.text) != bound.choices.end();
+  }
+  return (!bound.low && !bound.high) || bound.allows(std::stod(value.text));
+}
+
+/// The bounds of a method's fields hold for what a file says too.
+void check_bounds(Method& method, const std::string& path) {
+  for (const auto& field : configs::describe_section([&](configs::Fields& f) { method.fields(f); }).members) {
+    GRAFT_CHECK(is_within(field.bound, field.value), ExitCode::kData, path, ": ", field.name, " = ",
+                configs::to_flow(field.value), ", expected ", field.type_text());
+  }
+}
+
 }  // namespace
 
 Peft::Peft(models::Model& model, at::Device device, uint64_t seed)
@@ -24,17 +77,13 @@ Peft::Peft(models::Model& model, at::Device device, uint64_t seed)
 
 void Peft::attach_frozen(const std::string& directory) {
   std::string name;
-  const std::shared_ptr<Method> method = method_of_directory(directory, name);
-  ParamSet params;
-  AttachContext context{slots_, model_.info(), params, random_, device_,
+  Frozen frozen{method_of_directory(directory, name), {}, directory};
+  AttachContext context{slots_, model_.info(), frozen.params, random_, device_,
                         "frozen" + std::to_string(frozen_.size()) + "."};
-  method->attach(context);
-  copy_values(params.all(), models::io::SafetensorsFile(directory + "/" + kWeightsFile));
-  for (Param param : params.all()) {
-    frozen_params_.add(param);
-    param.value.set_requires_grad(false);
-  }
-  frozen_.push_back(method);
+  frozen.method->attach(context);
+  for (const Param& param : frozen.params.all()) param.value.set_requires_grad(false);
+  set_values(frozen.params.all(), read_values(frozen.params.all(), directory));
+  frozen_.push_back(std::move(frozen));
 }
 
 void Peft::attach(std::vector<MethodEntry>& entries) {
@@ -51,10 +100,13 @@ void Peft::attach(std::vector<MethodEntry>& entries) {
 }
 
 void Peft::initialize(BaseWeights& base) {
-  for (const auto& method : frozen_) method->initialize(base);
+  for (const Frozen& frozen : frozen_) {
+    frozen.method->initialize(base);  // may take values from the base, so the saved ones are set again
+    set_values(frozen.params.all(), read_values(frozen.params.all(), frozen.directory));
+  }
   for (const Trained& part : trained_) part.method->initialize(base);
   for (const Trained& part : trained_) {
-    if (!part.init_from.empty()) load_part(part, part.init_from);
+    if (!part.init_from.empty()) set_values(params_of(part), read_values(params_of(part), part.init_from));
   }
 }
 
@@ -85,15 +137,17 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
 }
 
 void Peft::load(const std::string& directory) {
+  std::vector<Tensor> values;
   for (size_t i = 0; i < trained_.size(); ++i) {
-    load_part(trained_[i], part_directory(directory, i, trained_.size()));
+    const auto part = read_values(params_of(trained_[i]), part_directory(directory, i, trained_.size()));
+    values.insert(values.end(), part.begin(), part.end());
   }
+  set_values(params_.all(), values);
 }
 
-void Peft::load_part(const Trained& part, const std::string& directory) {
+std::vector<Param> Peft::params_of(const Trained& part) const {
   const auto begin = params_.all().begin() + static_cast<std::ptrdiff_t>(part.first_param);
-  copy_values({begin, begin + static_cast<std::ptrdiff_t>(part.num_params)},
-              models::io::SafetensorsFile(directory + "/" + kWeightsFile));
+  return {begin, begin + static_cast<std::ptrdiff_t>(part.num_params)};
 }
 
 std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name) {
@@ -111,43 +165,12 @@ std::shared_ptr<Method> method_of_directory(const std::string& directory, std::s
     known.push_back(method->peft_type());
     if (method->peft_type() != type) continue;
     method->from_peft_config(config);
+    check_bounds(*method, path);
     name = entry.name;
     return method;
   }
   throw Error(ExitCode::kData, path + ": peft_type '" + type + "' is not supported; known: " +
                                    configs::join(known, ", "));
-}
-
-void copy_values(const std::vector<Param>& params, const models::io::SafetensorsFile& file) {
-  std::vector<std::string> problems;
-  std::set<std::string, std::less<>> wanted;
-  std::vector<Tensor> values;
-  for (const Param& param : params) {
-    const std::string& key = param.hf_key.empty() ? param.name : param.hf_key;
-    wanted.insert(key);
-    const auto* entry = file.find(key);
-    if (entry == nullptr) {
-      problems.push_back("missing: " + key);
-      continue;
-    }
-    Tensor value = file.read(key);
-    if (value.sizes() != param.value.sizes()) {
-      problems.push_back(detail::concat("shape: ", key, " is ", value.sizes(), ", expected ", param.value.sizes()));
-    } else if (!at::isfinite(value).all().item<bool>()) {
-      problems.push_back("not finite: " + key);
-    }
-    values.push_back(std::move(value));
-  }
-  for (const auto& entry : file.entries()) {
-    if (!wanted.contains(entry.name) && !is_base_copy(entry.name)) problems.push_back("unknown: " + entry.name);
-  }
-  GRAFT_CHECK(problems.empty(), ExitCode::kData, file.path(), " does not fit this model:\n  ",
-              configs::join(problems, "\n  "));
-  const at::NoGradGuard no_grad;
-  for (size_t i = 0; i < params.size(); ++i) {
-    Tensor target = params[i].value;
-    target.copy_(values[i]);
-  }
 }
 
 std::string part_directory(const std::string& directory, size_t index, size_t count) {

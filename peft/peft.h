@@ -53,25 +53,25 @@ class Peft {
     size_t first_param, num_params;
     std::string init_from;
   };
-  void load_part(const Trained& part, const std::string& directory);
+  struct Frozen {
+    std::shared_ptr<Method> method;
+    ParamSet params;
+    std::string directory;
+  };
+  std::vector<Param> params_of(const Trained& part) const;
 
   models::Model& model_;
   at::Device device_;
   kernels::Key random_;
   SlotMap slots_;
-  ParamSet params_;         ///< of the trained methods
-  ParamSet frozen_params_;  ///< of the frozen adapters
+  ParamSet params_;  ///< of the trained methods
   std::vector<Trained> trained_;
-  std::vector<std::shared_ptr<Method>> frozen_;
+  std::vector<Frozen> frozen_;
 };
 
 /// Reads adapter_config.json: the method it names, with its fields set.
-/// @throws graft::Error (kData) for a type that no method here has
+/// @throws graft::Error (kData) for a type that no method here has, or values outside of the fields' bounds
 std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name);
-
-/// Copies tensors named by PEFT keys into parameters.
-/// @throws graft::Error (kData) with the missing, unknown and misshapen ones
-void copy_values(const std::vector<Param>& params, const models::io::SafetensorsFile& file);
 
 /// Name of part `index` of `count` inside an adapter directory: "" for a single method, else "0", "1" ...
 std::string part_directory(const std::string& directory, size_t index, size_t count);

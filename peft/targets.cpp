@@ -78,6 +78,11 @@ std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots) const {
       if (!found) throw unmatched(entry, key, slots);
     }
   };
+  for (const int layer : layers) {
+    const bool exists = std::any_of(slots.linears.begin(), slots.linears.end(),
+                                    [&](const LinearSite& site) { return site.layer == layer; });
+    GRAFT_CHECK(exists, "peft: layers_to_transform: this model has no layer ", layer, "; they count from 0");
+  }
   collect(modules, "target_modules", meant);
   collect(exclude, "exclude_modules", excluded);
   std::vector<const LinearSite*> sites;

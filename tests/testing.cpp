@@ -41,7 +41,8 @@ Tensor fill(std::string_view name, at::IntArrayRef shape, double scale) {
   auto* values = out.mutable_data_ptr<float>();
   for (int64_t i = 0; i < out.numel(); ++i) {
     state = 1664525U * state + 1013904223U;
-    values[i] = static_cast<float>((static_cast<double>(state >> 8U) / 16777216.0 - 0.5) * 2.0 * scale);
+    values[i] =
+        static_cast<float>((static_cast<double>(state >> 8U) / 16777216.0 - 0.5) * 2.0 * scale);
   }
   return out;
 }
@@ -54,7 +55,8 @@ Tensor golden_weight(std::string_view hf_name, at::IntArrayRef shape) {
 
 double relative_error(const Tensor& actual, const Tensor& expected) {
   if (actual.sizes() != expected.sizes()) return std::numeric_limits<double>::infinity();
-  const Tensor error = (actual.to(at::kDouble) - expected).abs().max() / expected.to(at::kDouble).abs().max();
+  const Tensor error =
+      (actual.to(at::kDouble) - expected).abs().max() / expected.to(at::kDouble).abs().max();
   return error.item<double>();
 }
 
@@ -80,7 +82,9 @@ Tensor random_tokens(int64_t rows, int64_t length, int64_t vocab_size, uint64_t 
 
 MemorySource::MemorySource(std::map<std::string, Tensor> values) : values_(std::move(values)) {
   for (const auto& [name, value] : values_) {
-    const char* dtype = value.scalar_type() == at::kBFloat16 ? "BF16" : value.scalar_type() == at::kHalf ? "F16" : "F32";
+    const char* dtype = value.scalar_type() == at::kBFloat16 ? "BF16"
+                        : value.scalar_type() == at::kHalf   ? "F16"
+                                                             : "F32";
     tensors_.push_back({name, value.sizes().vec(), dtype, static_cast<int64_t>(value.nbytes())});
   }
 }
@@ -95,9 +99,15 @@ std::map<std::string, Tensor> golden_weights(models::Model& model) {
 }
 
 nlohmann::json tiny_llama(int layers, bool tied_head) {
-  return {{"model_type", "llama"},          {"hidden_size", 48},        {"intermediate_size", 80},
-          {"num_hidden_layers", layers},    {"num_attention_heads", 6}, {"num_key_value_heads", 2},
-          {"head_dim", 16},                 {"vocab_size", 128},        {"max_position_embeddings", 64},
+  return {{"model_type", "llama"},
+          {"hidden_size", 48},
+          {"intermediate_size", 80},
+          {"num_hidden_layers", layers},
+          {"num_attention_heads", 6},
+          {"num_key_value_heads", 2},
+          {"head_dim", 16},
+          {"vocab_size", 128},
+          {"max_position_embeddings", 64},
           {"tie_word_embeddings", tied_head}};
 }
 
@@ -119,21 +129,28 @@ Base::Base(const nlohmann::json& config, dist::Comm& comm, const models::LoadOpt
   load(source, comm, options);
 }
 
-void Base::load(models::io::TensorSource& source, dist::Comm& comm, const models::LoadOptions& options) {
+void Base::load(models::io::TensorSource& source, dist::Comm& comm,
+                const models::LoadOptions& options) {
   store = std::make_unique<dist::BlockStore>(comm, at::kCPU);
   hashes = models::load_weights(*model, *store, source, options);
   trunk = std::make_unique<models::Trunk>(*model, *store);
 }
 
-Tensor Base::logits(const data::Batch& batch) const { return only_output(*trunk, batch, models::Want::kLogits); }
-
-double Base::mean_loss(const data::Batch& batch) const {
-  return only_output(*trunk, batch, models::Want::kLoss).item<double>() / static_cast<double>(batch.num_targets);
+Tensor Base::logits(const data::Batch& batch) const {
+  return only_output(*trunk, batch, models::Want::kLogits);
 }
 
-models::Weight& Base::weight(const std::string& name) const { return *WeightsByName(*model).weights.at(name); }
+double Base::mean_loss(const data::Batch& batch) const {
+  return only_output(*trunk, batch, models::Want::kLoss).item<double>() /
+         static_cast<double>(batch.num_targets);
+}
 
-std::unique_ptr<peft::Peft> attach(models::Model& model, const std::string& method, const nlohmann::json& config) {
+models::Weight& Base::weight(const std::string& name) const {
+  return *WeightsByName(*model).weights.at(name);
+}
+
+std::unique_ptr<peft::Peft> attach(models::Model& model, const std::string& method,
+                                   const nlohmann::json& config) {
   std::vector<peft::MethodEntry> entries = {{method, peft::methods().make(method), {}}};
   entries.front().method->from_peft_config(config);
   auto adapters = std::make_unique<peft::Peft>(model, at::kCPU, 1);

@@ -1,5 +1,5 @@
-// What tests of several folders share: golden files and their rules, batches, weights that live in memory, and a loaded
-// base with its trunk.
+// What tests of several folders share: golden files and their rules, batches, weights that live in
+// memory, and a loaded base with its trunk.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,8 +28,9 @@ using at::Tensor;
 /// tests/golden/`name`.
 nlohmann::json golden(const std::string& name);
 
-/// Numbers in [-scale, scale) from a linear congruential generator seeded with the FNV-1a hash of the name: how the
-/// goldens and tests/oracle/make_fixtures.py generate weights. float32, row-major.
+/// Numbers in [-scale, scale) from a linear congruential generator seeded with the FNV-1a hash of
+/// the name: how the goldens and tests/oracle/make_fixtures.py generate weights. float32,
+/// row-major.
 Tensor fill(std::string_view name, at::IntArrayRef shape, double scale);
 /// The weight that the goldens give a base tensor of this Hugging Face name.
 Tensor golden_weight(std::string_view hf_name, at::IntArrayRef shape);
@@ -37,8 +38,8 @@ Tensor golden_weight(std::string_view hf_name, at::IntArrayRef shape);
 /// The largest |actual - expected| over the largest |expected|: infinite if the shapes differ.
 double relative_error(const Tensor& actual, const Tensor& expected);
 
-/// Rows of one document each. Labels are the tokens themselves where they are targets, -100 elsewhere: not shifted, as
-/// transformers takes them.
+/// Rows of one document each. Labels are the tokens themselves where they are targets, -100
+/// elsewhere: not shifted, as transformers takes them.
 /// @param tokens_BL, labels_BL  int64
 data::Batch batch_of(const Tensor& tokens_BL, const Tensor& labels_BL);
 /// The same where every token but the first is a target.
@@ -79,7 +80,8 @@ struct Base {
   Base(const nlohmann::json& config, models::io::TensorSource& source, dist::Comm& comm,
        const models::LoadOptions& options = unquantised());
   /// With weights by the goldens' rules.
-  Base(const nlohmann::json& config, dist::Comm& comm, const models::LoadOptions& options = unquantised());
+  Base(const nlohmann::json& config, dist::Comm& comm,
+       const models::LoadOptions& options = unquantised());
 
   /// All logits of one batch, [B, L, V].
   Tensor logits(const data::Batch& batch) const;
@@ -91,9 +93,10 @@ struct Base {
   void load(models::io::TensorSource& source, dist::Comm& comm, const models::LoadOptions& options);
 };
 
-/// A method with the fields of `config`, on the model, trained; values that are not zero take the place of the initial
-/// ones, so that every gradient has something to be.
+/// A method with the fields of `config`, on the model, trained; values that are not zero take the
+/// place of the initial ones, so that every gradient has something to be.
 /// @param config  entries of adapter_config.json: r, target_modules ...
-std::unique_ptr<peft::Peft> attach(models::Model& model, const std::string& method, const nlohmann::json& config);
+std::unique_ptr<peft::Peft> attach(models::Model& model, const std::string& method,
+                                   const nlohmann::json& config);
 
 }  // namespace graft::testing

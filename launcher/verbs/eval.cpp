@@ -34,11 +34,13 @@ void choose_adapter(const Arguments& arguments, Run& run, std::string& said) {
     said = run.peft.empty() ? "the base" : "the config's start (" + trained + " does not exist yet)";
     return;
   }
+  const size_t num_frozen = run.model.adapters.values.size();
   run.peft.clear();
   for (size_t part = 0; std::filesystem::exists(directory + "/" + std::to_string(part)); ++part) {
     run.model.adapters.values.push_back(directory + "/" + std::to_string(part));
   }
   if (std::filesystem::exists(directory + "/adapter_config.json")) run.model.adapters.values.push_back(directory);
+  GRAFT_CHECK(run.model.adapters.values.size() > num_frozen, directory, ": no adapter here (adapter_config.json is missing)");
   said = "adapter " + directory;
 }
 

@@ -55,7 +55,7 @@ def write_config(path, rows, *overrides):
         *sections, key = keys.split(".")
         section = config
         for name in sections:
-            section = section[name]
+            section = section.setdefault(name, {})
         section[key] = json.loads(value)
     path.write_text(json.dumps(config, indent=1))
     return path

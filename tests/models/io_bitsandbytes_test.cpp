@@ -19,7 +19,7 @@ std::string replaced(std::string text, const std::string& from, const std::strin
 }
 
 at::Tensor text_tensor(const std::string& text) {
-  const at::Tensor tensor = at::empty({static_cast<int64_t>(text.size())}, at::kByte);
+  at::Tensor tensor = at::empty({static_cast<int64_t>(text.size())}, at::kByte);
   std::copy(text.begin(), text.end(), tensor.mutable_data_ptr<uint8_t>());
   return tensor;
 }

@@ -32,7 +32,7 @@ class TestFolder {
   std::string path() const { return path_.string(); }
   /// Writes a file and returns its path.
   std::string write(const std::string& name, std::string_view bytes) const {
-    const std::string path = (path_ / name).string();
+    std::string path = (path_ / name).string();
     std::ofstream(path, std::ios::binary) << bytes;
     return path;
   }

@@ -1,5 +1,5 @@
-// The Llama family against transformers: tests/golden/llama_tiny.json holds what it computes for ten variants of a tiny
-// decoder whose weights follow from their names.
+// The Llama family against transformers: tests/golden/llama_tiny.json holds what it computes for
+// ten variants of a tiny decoder whose weights follow from their names.
 #include "models/llama/llama.h"
 
 #include <ATen/ATen.h>
@@ -39,11 +39,15 @@ Tensor matrix(const nlohmann::json& rows) {
 
 Tensor vector(const nlohmann::json& values) { return at::tensor(values.get<std::vector<float>>()); }
 
-data::Batch golden_batch() { return batch_of(matrix(golden()["input_ids"]), matrix(golden()["labels"])); }
+data::Batch golden_batch() {
+  return batch_of(matrix(golden()["input_ids"]), matrix(golden()["labels"]));
+}
 
 void expect_logits(const Tensor& logits, const nlohmann::json& expected) {
   EXPECT_LT(relative_error(logits[0][-1], vector(expected["logits_row0_last"])), kTolerance);
-  EXPECT_LT(relative_error(logits[1][3].slice(0, 0, 8), vector(expected["logits_row1_pos3_first8"])), kTolerance);
+  EXPECT_LT(
+      relative_error(logits[1][3].slice(0, 0, 8), vector(expected["logits_row1_pos3_first8"])),
+      kTolerance);
 }
 
 class LlamaGolden : public ::testing::TestWithParam<std::string> {
@@ -117,7 +121,8 @@ TEST(Llama, CachedKeysGiveTheLogitsOfTheWholeRow) {
       part.positions_BL += begin;
       const std::vector<Lane> lanes = {{part}};
       const Tensor last = base.trunk->forward(lanes, pass).front();
-      EXPECT_LT(relative_error(last[0][0], expected[0][end - 1]), 1e-5) << name << " at " << end - 1;
+      EXPECT_LT(relative_error(last[0][0], expected[0][end - 1]), 1e-5)
+          << name << " at " << end - 1;
     }
   }
 }
@@ -135,8 +140,12 @@ TEST(Llama, RefusesConfigsThatItWouldComputeWrongly) {
   const nlohmann::json good = testing::tiny_llama();
   EXPECT_EQ(code_of(good), ExitCode::kDone);
   const std::vector<std::pair<const char*, nlohmann::json>> mistakes = {
-      {"hidden_act", "gelu"},     {"num_key_value_heads", 4}, {"head_dim", 15},
-      {"hidden_size", 0},         {"vocab_size", "many"},     {"num_hidden_layers", 1 << 20},
+      {"hidden_act", "gelu"},
+      {"num_key_value_heads", 4},
+      {"head_dim", 15},
+      {"hidden_size", 0},
+      {"vocab_size", "many"},
+      {"num_hidden_layers", 1 << 20},
       {"rope_parameters", {{"partial_rotary_factor", 0.5}}}};
   for (const auto& [field, value] : mistakes) {
     nlohmann::json config = good;

@@ -1,4 +1,5 @@
-// Loading a base: what is refused, what every storage keeps, and what does not depend on the number of ranks.
+// Loading a base: what is refused, what every storage keeps, and what does not depend on the number
+// of ranks.
 #include "models/load.h"
 
 #include <ATen/ATen.h>
@@ -27,7 +28,9 @@ using testing::tiny_llama;
 constexpr const char* kMatrix = "block.0.attn.q.weight";
 constexpr const char* kHfMatrix = "model.layers.0.self_attn.q_proj.weight";
 
-std::map<std::string, Tensor> values() { return testing::golden_weights(*make_model(tiny_llama())); }
+std::map<std::string, Tensor> values() {
+  return testing::golden_weights(*make_model(tiny_llama()));
+}
 
 LoadOptions stored_as(Quantization quantization, bool nested) {
   LoadOptions options;
@@ -52,7 +55,8 @@ class FourBitSource : public MemorySource {
   }
   const std::vector<io::SourceTensor>& tensors() const override { return tensors_; }
   kernels::FourBitCodes codes(const std::string& name) {
-    return kernels::quantize(MemorySource::read(name), kernels::FourBitType::kNf4, kernels::Scales::kNested);
+    return kernels::quantize(MemorySource::read(name), kernels::FourBitType::kNf4,
+                             kernels::Scales::kNested);
   }
   Tensor read(const std::string& name) override {
     if (find(name)->dtype != "nf4") return MemorySource::read(name);
@@ -63,7 +67,8 @@ class FourBitSource : public MemorySource {
   std::optional<io::FourBit> read_four_bit(const std::string& name) override {
     if (find(name)->dtype != "nf4") return std::nullopt;
     const auto q = codes(name);
-    return io::FourBit{"nf4", find(name)->shape, q.codes, q.absmax, q.nested_absmax, kernels::dynamic_map(), q.nested_offset};
+    return io::FourBit{"nf4",           find(name)->shape,      q.codes,        q.absmax,
+                       q.nested_absmax, kernels::dynamic_map(), q.nested_offset};
   }
 
  private:
@@ -84,8 +89,9 @@ TEST(Load, ListsMissingUnknownAndMisshapenTensorsInOneError) {
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ExitCode::kData);
     const std::string text = error.what();
-    for (const char* part : {"not in the file (1)", "model.norm.weight", "not known to this family (1)",
-                             "model.layers.7.self_attn.q_proj.weight", "other shape (1)", "[96, 47]", "[96, 48]"}) {
+    for (const char* part :
+         {"not in the file (1)", "model.norm.weight", "not known to this family (1)",
+          "model.layers.7.self_attn.q_proj.weight", "other shape (1)", "[96, 47]", "[96, 48]"}) {
       EXPECT_NE(text.find(part), std::string::npos) << part << " in " << text;
     }
     EXPECT_EQ(text.find("inv_freq"), std::string::npos) << text;
@@ -107,9 +113,11 @@ std::string fingerprint_of(io::TensorSource& source, int world, const LoadOption
 TEST(Load, FingerprintIsOfTheFileAtAnyWorldSizeAndQuantisation) {
   MemorySource plain(values());
   FourBitSource four_bit;
-  for (io::TensorSource* source : {static_cast<io::TensorSource*>(&plain), static_cast<io::TensorSource*>(&four_bit)}) {
+  for (io::TensorSource* source :
+       {static_cast<io::TensorSource*>(&plain), static_cast<io::TensorSource*>(&four_bit)}) {
     const std::string expected = fingerprint_of(*source, 1, testing::unquantised());
-    for (const int world : {2, 3}) EXPECT_EQ(fingerprint_of(*source, world, testing::unquantised()), expected);
+    for (const int world : {2, 3})
+      EXPECT_EQ(fingerprint_of(*source, world, testing::unquantised()), expected);
     for (const Quantization q : {Quantization::kNf4, Quantization::kFp4, Quantization::kInt8}) {
       EXPECT_EQ(fingerprint_of(*source, 1, stored_as(q, true)), expected);
     }
@@ -118,7 +126,8 @@ TEST(Load, FingerprintIsOfTheFileAtAnyWorldSizeAndQuantisation) {
   changed[kHfMatrix] = changed[kHfMatrix].clone();
   changed[kHfMatrix][0][0] += 1;
   MemorySource other(changed);
-  EXPECT_NE(fingerprint_of(other, 1, testing::unquantised()), fingerprint_of(plain, 1, testing::unquantised()));
+  EXPECT_NE(fingerprint_of(other, 1, testing::unquantised()),
+            fingerprint_of(plain, 1, testing::unquantised()));
 }
 
 TEST(Load, ShardsHoldTheBytesOfTheWhole) {
@@ -140,15 +149,19 @@ TEST(Load, FourBitMatricesAreWhatTheQuantiserMakesOfThem) {
   const Tensor w = values().at(kHfMatrix);
   for (const bool nested : {false, true}) {
     for (const bool nf4 : {false, true}) {
-      const Base base(tiny_llama(), *comm, stored_as(nf4 ? Quantization::kNf4 : Quantization::kFp4, nested));
+      const Base base(tiny_llama(), *comm,
+                      stored_as(nf4 ? Quantization::kNf4 : Quantization::kFp4, nested));
       const Tensor expected = at::empty_like(w);
-      kernels::dequantize(kernels::quantize(w, nf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4,
-                                            nested ? kernels::Scales::kNested : kernels::Scales::kPlain),
-                          expected);
+      kernels::dequantize(
+          kernels::quantize(w, nf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4,
+                            nested ? kernels::Scales::kNested : kernels::Scales::kPlain),
+          expected);
       EXPECT_TRUE(at::equal(dense(base, kMatrix), expected));
       EXPECT_FALSE(at::equal(expected, w));
       EXPECT_TRUE(at::equal(dense(base, "embed.weight"), values().at("model.embed_tokens.weight")));
-      EXPECT_TRUE(at::isfinite(base.logits(testing::batch_of(testing::random_tokens(1, 8, 128, 1)))).all().item<bool>());
+      EXPECT_TRUE(at::isfinite(base.logits(testing::batch_of(testing::random_tokens(1, 8, 128, 1))))
+                      .all()
+                      .item<bool>());
     }
   }
 }
@@ -168,27 +181,32 @@ TEST(Load, KeepsFourBitCodesBitForBit) {
   const Weight& weight = base.weight(kMatrix);
   const Pin pin(*base.store, weight.block());
   const auto q = source.codes(kHfMatrix);
-  EXPECT_TRUE(at::equal(base.store->bytes(weight.block(), weight.offset(), q.codes.numel()), q.codes));
+  EXPECT_TRUE(
+      at::equal(base.store->bytes(weight.block(), weight.offset(), q.codes.numel()), q.codes));
   EXPECT_TRUE(at::equal(weight.dense(), source.read(kHfMatrix)));
 }
 
 TEST(Load, SixteenBitsStaySixteenBits) {
   const auto comm = dist::make_single_comm();
   auto tensors = values();
-  for (auto& [name, value] : tensors) value = value.to(name.find("mlp") != std::string::npos ? at::kHalf : at::kBFloat16);
+  for (auto& [name, value] : tensors)
+    value = value.to(name.find("mlp") != std::string::npos ? at::kHalf : at::kBFloat16);
   MemorySource source(tensors);
   const Base half(tiny_llama(), source, *comm), whole(tiny_llama(), *comm);
   EXPECT_TRUE(at::equal(dense(half, kMatrix), tensors.at(kHfMatrix).to(at::kFloat)));
   EXPECT_EQ(half.weight(kMatrix).payload_bytes() * 2, whole.weight(kMatrix).payload_bytes());
   const std::string up = "block.1.mlp.up.weight";
-  EXPECT_TRUE(at::equal(dense(half, up), tensors.at("model.layers.1.mlp.up_proj.weight").to(at::kFloat)));
+  EXPECT_TRUE(
+      at::equal(dense(half, up), tensors.at("model.layers.1.mlp.up_proj.weight").to(at::kFloat)));
 }
 
 TEST(Load, PreparedWeightsAreWhatIsStored) {
   const auto comm = dist::make_single_comm();
   LoadOptions options = testing::unquantised();
   std::vector<std::string> shown;
-  options.prepare_weight = [&](const std::string& name, const Tensor& w) { return shown.push_back(name), w * 2; };
+  options.prepare_weight = [&](const std::string& name, const Tensor& w) {
+    return shown.push_back(name), w * 2;
+  };
   const Base base(tiny_llama(), *comm, options);
   EXPECT_EQ(shown.size(), 14U);  // seven matrices a layer; neither tables nor norms
   EXPECT_TRUE(at::equal(dense(base, kMatrix), values().at(kHfMatrix) * 2));
@@ -204,19 +222,23 @@ TEST(Load, GgufNamesAndOrderGiveTheSameModel) {
     for (const auto& [hf, value] : testing::golden_weights(*model)) {
       const auto found = model->names().to_gguf(*model->names().from_hf(hf));
       const bool permuted = found->transform != Transform::kIdentity;
-      EXPECT_EQ(permuted, std::string(type) == "llama" && (hf.ends_with("q_proj.weight") || hf.ends_with("k_proj.weight")));
+      EXPECT_EQ(permuted, std::string(type) == "llama" &&
+                              (hf.ends_with("q_proj.weight") || hf.ends_with("k_proj.weight")));
       renamed[found->name] = permuted ? rope_rows_to_gguf(value, 16) : value;
       EXPECT_EQ(at::equal(renamed[found->name], value), !permuted) << hf;
     }
     MemorySource source(renamed);
     const data::Batch batch = testing::batch_of(testing::random_tokens(1, 8, 128, 1));
-    EXPECT_TRUE(at::equal(Base(config, source, *comm).logits(batch), Base(config, *comm).logits(batch))) << type;
+    EXPECT_TRUE(
+        at::equal(Base(config, source, *comm).logits(batch), Base(config, *comm).logits(batch)))
+        << type;
   }
 }
 
 TEST(Load, RandomWeightsFollowFromSeedAndName) {
   const auto model = make_model(tiny_llama());
-  const auto source = random_source(*model, 1), again = random_source(*model, 1), other = random_source(*model, 2);
+  const auto source = random_source(*model, 1), again = random_source(*model, 1),
+             other = random_source(*model, 2);
   const std::string key = "model.layers.1.mlp.up_proj.weight";
   again->read(kHfMatrix);  // what was read before does not matter
   EXPECT_TRUE(at::equal(source->read(key), again->read(key)));

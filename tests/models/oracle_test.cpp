@@ -1,5 +1,6 @@
-// Whole tiny models against transformers, PEFT and torch: files they saved, and what they computed from them. The numbers
-// are written by tests/oracle/make_fixtures.py into GRAFT_ORACLE_DIR, whose layout its header describes.
+// Whole tiny models against transformers, PEFT and torch: files they saved, and what they computed
+// from them. The numbers are written by tests/oracle/make_fixtures.py into GRAFT_ORACLE_DIR, whose
+// layout its header describes.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -45,7 +46,9 @@ class Oracle : public ::testing::TestWithParam<std::string> {
     base_ = std::make_unique<Base>(read_base_config(folder_ + "/model"), *source, *comm_, options);
   }
 
-  data::Batch batch() const { return batch_of(tensors_->read("input_ids"), tensors_->read("labels")); }
+  data::Batch batch() const {
+    return batch_of(tensors_->read("input_ids"), tensors_->read("labels"));
+  }
   /// Each row is a lane: the mean over all targets is not the mean of the lanes' means.
   std::vector<Lane> lanes() const {
     std::vector<Lane> lanes;
@@ -94,10 +97,12 @@ TEST_P(Oracle, LogitsWithTheAdapterEqualPeft) {
 
 TEST_P(Oracle, EveryGradientEqualsPeft) {
   const auto adapters = attach_adapter();
-  launcher::Gradients gradients(adapters->params(), base_->model->num_stages(), 2, launcher::Reduction::kTree);
+  launcher::Gradients gradients(adapters->params(), base_->model->num_stages(), 2,
+                                launcher::Reduction::kTree);
   EXPECT_NEAR(sweep(gradients), numbers_["adapter_loss"], kTolerance);
   const auto& params = adapters->params().all();
-  EXPECT_EQ(params.size() + 4, tensors_->entries().size());  // beside input_ids, labels and two logits
+  EXPECT_EQ(params.size() + 4,
+            tensors_->entries().size());  // beside input_ids, labels and two logits
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor expected = tensors_->read("grad." + params[i].hf_key);
     EXPECT_LT(relative_error(gradients.of()[i], expected), kTolerance) << params[i].hf_key;
@@ -107,7 +112,8 @@ TEST_P(Oracle, EveryGradientEqualsPeft) {
 void Oracle::expect_training(const char* name, double max_grad_norm) {
   const auto adapters = attach_adapter();
   const auto& train = numbers_["train"];
-  launcher::Gradients gradients(adapters->params(), base_->model->num_stages(), 2, launcher::Reduction::kTree);
+  launcher::Gradients gradients(adapters->params(), base_->model->num_stages(), 2,
+                                launcher::Reduction::kTree);
   launcher::AdamW optimizer(adapters->params(), train["weight_decay"]);
   ASSERT_EQ(train[name].size(), 10U);
   for (const double expected : train[name]) {
@@ -120,11 +126,13 @@ void Oracle::expect_training(const char* name, double max_grad_norm) {
 
 TEST_P(Oracle, TenStepsOfAdamWHaveTheLossesOfTorch) { expect_training("losses", INFINITY); }
 
-TEST_P(Oracle, TenStepsWithClippingHaveTheLossesOfTorch) { expect_training("losses_max_grad_norm_1", 1.0); }
+TEST_P(Oracle, TenStepsWithClippingHaveTheLossesOfTorch) {
+  expect_training("losses_max_grad_norm_1", 1.0);
+}
 
 INSTANTIATE_TEST_SUITE_P(Cases, Oracle,
-                         ::testing::Values("llama_tied", "llama_llama3_rope", "mistral_window", "qwen2", "qwen3",
-                                           "llama_nf4"),
+                         ::testing::Values("llama_tied", "llama_llama3_rope", "mistral_window",
+                                           "qwen2", "qwen3", "llama_nf4"),
                          [](const auto& info) { return info.param; });
 
 }  // namespace

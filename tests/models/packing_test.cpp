@@ -13,18 +13,20 @@ namespace {
 
 using testing::Base;
 
-/// Documents of random tokens at fixed places of two rows of 24: three in the first with padding between and behind,
-/// two in the second, which they fill.
+/// Documents of random tokens at fixed places of two rows of 24: three in the first with padding
+/// between and behind, two in the second, which they fill.
 struct Packed {
   struct Place {
     int64_t row, column, length;
   };
-  static constexpr std::array<Place, 5> kPlaces = {{{0, 0, 7}, {0, 7, 1}, {0, 10, 11}, {1, 0, 15}, {1, 15, 9}}};
+  static constexpr std::array<Place, 5> kPlaces = {
+      {{0, 0, 7}, {0, 7, 1}, {0, 10, 11}, {1, 0, 15}, {1, 15, 9}}};
 
   std::array<Tensor, 5> tokens;
 
   Packed() {
-    for (size_t d = 0; d < tokens.size(); ++d) tokens[d] = testing::random_tokens(1, kPlaces[d].length, 128, d + 1);
+    for (size_t d = 0; d < tokens.size(); ++d)
+      tokens[d] = testing::random_tokens(1, kPlaces[d].length, 128, d + 1);
   }
   data::Batch batch() const {
     std::deque<std::vector<uint32_t>> words;
@@ -63,10 +65,13 @@ TEST_P(Packing, PackedDocumentsEqualEachAlone) {
   double loss_sum = 0;
   for (size_t d = 0; d < packed.tokens.size(); ++d) {
     const data::Batch alone = testing::batch_of(packed.tokens[d]);
-    EXPECT_LT(testing::relative_error(Packed::of_document(logits, d), base.logits(alone)[0]), 1e-5) << d;
-    if (alone.num_targets > 0) loss_sum += base.mean_loss(alone) * static_cast<double>(alone.num_targets);
+    EXPECT_LT(testing::relative_error(Packed::of_document(logits, d), base.logits(alone)[0]), 1e-5)
+        << d;
+    if (alone.num_targets > 0)
+      loss_sum += base.mean_loss(alone) * static_cast<double>(alone.num_targets);
   }
-  EXPECT_NEAR(base.mean_loss(packed.batch()), loss_sum / static_cast<double>(packed.batch().num_targets), 1e-5);
+  EXPECT_NEAR(base.mean_loss(packed.batch()),
+              loss_sum / static_cast<double>(packed.batch().num_targets), 1e-5);
 }
 
 TEST_P(Packing, ADocumentNeverSeesAnother) {
@@ -82,9 +87,12 @@ TEST_P(Packing, ADocumentNeverSeesAnother) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, Packing, ::testing::Values(testing::tiny_llama(), windowed()), [](const auto& info) {
-  return info.param.template value<int>("sliding_window", 0) > 0 ? "Window" : "WholeDocument";
-});
+INSTANTIATE_TEST_SUITE_P(Cases, Packing, ::testing::Values(testing::tiny_llama(), windowed()),
+                         [](const auto& info) {
+                           return info.param.template value<int>("sliding_window", 0) > 0
+                                      ? "Window"
+                                      : "WholeDocument";
+                         });
 
 TEST(PackingWindow, ATokenIsSeenOneWindowALayerAhead) {
   const auto comm = dist::make_single_comm();

@@ -1,5 +1,5 @@
-// The seven slots of the Llama family: each is really called, changes nothing when the adapter does nothing, and nests in
-// the order of attachment.
+// The seven slots of the Llama family: each is really called, changes nothing when the adapter does
+// nothing, and nests in the order of attachment.
 #include "models/slots.h"
 
 #include <ATen/ATen.h>
@@ -35,15 +35,20 @@ class Probe : public Base {
 };
 struct LinearProbe : Probe<LinearAdapter> {
   using Probe::Probe;
-  Tensor forward(const Tensor& x, const LinearOp& base, const Pass&) override { return enter(), base(x); }
+  Tensor forward(const Tensor& x, const LinearOp& base, const Pass&) override {
+    return enter(), base(x);
+  }
 };
 struct SublayerProbe : Probe<SublayerAdapter> {
   using Probe::Probe;
-  Tensor forward(const Tensor& h, const Sublayer& sublayer, const Pass&) override { return enter(), sublayer(h); }
+  Tensor forward(const Tensor& h, const Sublayer& sublayer, const Pass&) override {
+    return enter(), sublayer(h);
+  }
 };
 struct AttentionProbe : Probe<AttentionAdapter> {
   using Probe::Probe;
-  Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Core& core, const Pass&) override {
+  Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Core& core,
+                 const Pass&) override {
     return enter(), core(q, k, v);
   }
 };
@@ -57,11 +62,15 @@ struct TensorProbe : Probe<TensorAdapter> {
 };
 struct CarryProbe : Probe<CarryAdapter> {
   using Probe::Probe;
-  Carry forward(Carry carry, const Stage& stage, const Pass&) override { return enter(), stage(std::move(carry)); }
+  Carry forward(Carry carry, const Stage& stage, const Pass&) override {
+    return enter(), stage(std::move(carry));
+  }
 };
 struct LossProbe : Probe<LossAdapter> {
   using Probe::Probe;
-  Tensor term(const Carry& carry, const Pass&) override { return enter(), at::zeros({}, carry.h().options()); }
+  Tensor term(const Carry& carry, const Pass&) override {
+    return enter(), at::zeros({}, carry.h().options());
+  }
 };
 
 /// Puts a probe on every slot. @return the slots' names
@@ -106,7 +115,8 @@ TEST_F(Slots, AnAdapterThatDoesNothingIsCalledOnceInEverySlotAndChangesNoBit) {
   EXPECT_EQ(base.mean_loss(batch), loss);
   std::sort(names.begin(), names.end()), std::sort(log.begin(), log.end());
   EXPECT_EQ(log, names);
-  EXPECT_EQ(std::adjacent_find(names.begin(), names.end()), names.end()) << "two slots share a name";
+  EXPECT_EQ(std::adjacent_find(names.begin(), names.end()), names.end())
+      << "two slots share a name";
   EXPECT_TRUE(at::equal(base.logits(batch), logits));
 }
 
@@ -141,15 +151,19 @@ struct Onlooker : LinearAdapter {
   Tensor forward(const Tensor& x, const LinearOp& base, const Pass&) override {
     const bool is_embedding = !x.is_floating_point();
     matrix = base.weight();
-    map_of_eye = is_embedding ? base(at::arange(matrix.size(0), at::kLong)) : base(at::eye(x.size(-1))).t();
+    map_of_eye =
+        is_embedding ? base(at::arange(matrix.size(0), at::kLong)) : base(at::eye(x.size(-1))).t();
     return base(x);
   }
 };
 
 TEST_F(Slots, AChainOfMergeableAdaptersIsItsMergedMatrix) {
-  const nlohmann::json config = {{"r", 3}, {"lora_alpha", 6},
-                                 {"target_modules", {"embed_tokens", "q_proj", "o_proj", "down_proj", "lm_head"}}};
-  const auto inner = testing::attach(*base.model, "lora", config), outer = testing::attach(*base.model, "lora", config);
+  const nlohmann::json config = {
+      {"r", 3},
+      {"lora_alpha", 6},
+      {"target_modules", {"embed_tokens", "q_proj", "o_proj", "down_proj", "lm_head"}}};
+  const auto inner = testing::attach(*base.model, "lora", config),
+             outer = testing::attach(*base.model, "lora", config);
   std::map<std::string, std::shared_ptr<Onlooker>> onlookers;
   for (const auto& site : peft::SlotMap(*base.model).linears) {
     if (site.slot->empty()) continue;

@@ -1,4 +1,5 @@
-// The sweep: against ordinary autograd of the whole model, and against itself where the order of work must not matter.
+// The sweep: against ordinary autograd of the whole model, and against itself where the order of
+// work must not matter.
 #include "models/trunk.h"
 
 #include <ATen/ATen.h>
@@ -35,7 +36,8 @@ struct Variant {
 std::vector<Lane> lanes_of(int rank, int world, const std::vector<int64_t>& empty = {}) {
   std::vector<Lane> lanes;
   for (int64_t k = rank * kLanes / world; k < (rank + 1) * kLanes / world; ++k) {
-    data::Batch batch = batch_of(testing::random_tokens(2, 8 + k, 128, 10 + static_cast<uint64_t>(k)));
+    data::Batch batch =
+        batch_of(testing::random_tokens(2, 8 + k, 128, 10 + static_cast<uint64_t>(k)));
     if (std::find(empty.begin(), empty.end(), k) != empty.end()) {
       batch.documents_BL.fill_(-1), batch.labels_BL.fill_(-100);
       batch.num_tokens = batch.num_targets = 0;
@@ -74,7 +76,8 @@ class Bench {
 
   /// @param per_sweep  lanes that share a sweep
   Step step(std::vector<Lane> lanes, size_t per_sweep = kLanes, int64_t num_lanes = kLanes) {
-    launcher::Gradients gradients(params(), base_.model->num_stages(), num_lanes, launcher::Reduction::kTree);
+    launcher::Gradients gradients(params(), base_.model->num_stages(), num_lanes,
+                                  launcher::Reduction::kTree);
     for (size_t first = 0; first < lanes.size(); first += per_sweep) {
       const size_t count = std::min(per_sweep, lanes.size() - first);
       base_.trunk->sweep(std::span(lanes).subspan(first, count), gradients, options);
@@ -86,7 +89,8 @@ class Bench {
   /// The same by one autograd graph over the whole model and all lanes, without the trunk.
   Step by_plain_autograd(const std::vector<Lane>& lanes) {
     std::vector<std::unique_ptr<dist::Pin>> pins;
-    for (int b = 0; b < store().num_blocks(); ++b) pins.push_back(std::make_unique<dist::Pin>(store(), b));
+    for (int b = 0; b < store().num_blocks(); ++b)
+      pins.push_back(std::make_unique<dist::Pin>(store(), b));
     Step result;
     Tensor total = at::zeros({});
     for (const Lane& lane : lanes) {
@@ -138,10 +142,12 @@ Step one_rank_step(const Variant& setup, const std::vector<int64_t>& empty = {})
 TEST(Trunk, GradientsEqualOrdinaryAutograd) {
   const auto comm = dist::make_single_comm();
   for (const bool tied : {false, true}) {
-    for (const nlohmann::json& targets : {nlohmann::json("all-linear"), nlohmann::json{"embed_tokens", "lm_head"},
-                                          nlohmann::json{"embed_tokens", "q_proj", "down_proj", "lm_head"}}) {
+    for (const nlohmann::json& targets :
+         {nlohmann::json("all-linear"), nlohmann::json{"embed_tokens", "lm_head"},
+          nlohmann::json{"embed_tokens", "q_proj", "down_proj", "lm_head"}}) {
       Bench bench(*comm, {.tied_head = tied, .targets = targets, .dropout = 0.1});
-      const Step expected = bench.by_plain_autograd(lanes_of(0, 1)), step = bench.step(lanes_of(0, 1));
+      const Step expected = bench.by_plain_autograd(lanes_of(0, 1)),
+                 step = bench.step(lanes_of(0, 1));
       EXPECT_LT(testing::relative_error(step.gradients, expected.gradients), 1e-6) << targets;
       EXPECT_EQ(step.losses, expected.losses);
     }
@@ -160,7 +166,8 @@ TEST(Trunk, LanesOfOneSweepEqualOneLaneASweep) {
   const auto comm = dist::make_single_comm();
   Bench bench(*comm, {.dropout = 0.1});
   const Step together = bench.step(lanes_of(0, 1));
-  for (const size_t per_sweep : {1, 3}) expect_equal(bench.step(lanes_of(0, 1), per_sweep), together);
+  for (const size_t per_sweep : {1, 3})
+    expect_equal(bench.step(lanes_of(0, 1), per_sweep), together);
 }
 
 TEST(Trunk, DropoutFollowsItsKey) {
@@ -224,12 +231,14 @@ TEST(Trunk, ARankWithoutTokensTakesPartInEveryGather) {
   run_virtual_ranks(2, [&](Comm& comm) {
     at::set_num_threads(1);
     Bench bench(comm, {});
-    EXPECT_TRUE(at::equal(bench.step(lanes_of(comm.rank(), 2, {2, 3})).gradients, expected.gradients));
+    EXPECT_TRUE(
+        at::equal(bench.step(lanes_of(comm.rank(), 2, {2, 3})).gradients, expected.gradients));
   });
 }
 
-/// Bytes that a rank receives in a sweep after the first. Of N layer blocks two stay gathered from sweep to sweep when
-/// the way down reaches the bottom; the table of a tied model stays always, an untied one shares its buffer with the head.
+/// Bytes that a rank receives in a sweep after the first. Of N layer blocks two stay gathered from
+/// sweep to sweep when the way down reaches the bottom; the table of a tied model stays always, an
+/// untied one shares its buffer with the head.
 int64_t steady_bytes(const dist::BlockStore& store, const Variant& setup, int lowest) {
   const int n = setup.layers;
   std::vector<int> gathered;
@@ -243,7 +252,8 @@ int64_t steady_bytes(const dist::BlockStore& store, const Variant& setup, int lo
 
 TEST(Trunk, GathersWhatTheFormulaSaysAndNothingBelowTheLowestTrainedStage) {
   for (const bool tied : {false, true}) {
-    for (const nlohmann::json& only : {nlohmann::json(nullptr), nlohmann::json{2}, nlohmann::json{4}}) {
+    for (const nlohmann::json& only :
+         {nlohmann::json(nullptr), nlohmann::json{2}, nlohmann::json{4}}) {
       const Variant setup{.layers = 5, .tied_head = tied, .only_layers = only};
       for (const int world : {2, 4}) {
         run_virtual_ranks(world, [&](Comm& comm) {
@@ -272,7 +282,8 @@ TEST(Trunk, LeavesTheBaseAsItWasAndNothingPinned) {
     const std::string before = bench.store().hash();
     bench.step(lanes_of(comm.rank(), 2));
     EXPECT_EQ(bench.store().hash(), before);
-    for (int b = 0; b < bench.store().num_blocks(); ++b) EXPECT_THROW(bench.store().bytes(b, 0, 1), Error);
+    for (int b = 0; b < bench.store().num_blocks(); ++b)
+      EXPECT_THROW(bench.store().bytes(b, 0, 1), Error);
   });
 }
 

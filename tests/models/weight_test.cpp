@@ -1,4 +1,5 @@
-// Weight handles and names: what dense() shares, what may outlive a pin, and tables of names that invert.
+// Weight handles and names: what dense() shares, what may outlive a pin, and tables of names that
+// invert.
 #include "models/weight.h"
 
 #include <ATen/ATen.h>

@@ -1,5 +1,6 @@
-// LoRA against HF PEFT: adapters that PEFT computed with (tests/golden/peft_adapters.json: loss, logits, gradients) and
-// the files that PEFT writes (peft_files.json: names, shapes, config entries).
+// LoRA against HF PEFT: adapters that PEFT computed with (tests/golden/peft_adapters.json: loss,
+// logits, gradients) and the files that PEFT writes (peft_files.json: names, shapes, config
+// entries).
 #include <gtest/gtest.h>
 
 #include <sstream>
@@ -44,7 +45,8 @@ void write_golden(const std::string& directory, const nlohmann::json& adapter) {
 
 void expect_near(const Tensor& ours, const nlohmann::json& expected, const std::string& what) {
   for (size_t i = 0; i < expected.size(); ++i) {
-    EXPECT_NEAR(ours[static_cast<int64_t>(i)].item<double>(), expected[i].get<double>(), kTolerance) << what << " " << i;
+    EXPECT_NEAR(ours[static_cast<int64_t>(i)].item<double>(), expected[i].get<double>(), kTolerance)
+        << what << " " << i;
   }
 }
 
@@ -56,7 +58,8 @@ void expect_logits(Tiny& tiny, const nlohmann::json& adapter) {
 
 class GoldenLora : public testing::TestWithParam<const char*> {
  protected:
-  nlohmann::json adapter = golden("peft_adapters.json")["adapters"]["LORA_" + std::string(GetParam())];
+  nlohmann::json adapter =
+      golden("peft_adapters.json")["adapters"]["LORA_" + std::string(GetParam())];
   TestFolder folder;
   Tiny tiny{golden("llama_tiny.json")["cases"]["llama_default"]["config"]};
   void SetUp() override { write_golden(folder.path(), adapter); }
@@ -73,7 +76,8 @@ TEST_P(GoldenLora, TrainedFromItsFilesHasPeftsLossAndGradients) {
   for (size_t i = 0; i < gradients.size(); ++i) {
     const std::string& key = tiny.params()[i].hf_key;
     ASSERT_TRUE(expected.contains(key)) << key;
-    expect_near(at::cat({gradients[i].norm().reshape({1}), gradients[i].flatten().slice(0, 0, 2)}), expected[key], key);
+    expect_near(at::cat({gradients[i].norm().reshape({1}), gradients[i].flatten().slice(0, 0, 2)}),
+                expected[key], key);
   }
 }
 
@@ -85,14 +89,16 @@ TEST_P(GoldenLora, FrozenUnderTheRunItHasPeftsLogits) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Peft, GoldenLora,
-                         testing::Values("all_linear", "rslora", "modules_to_save", "embed", "rank_pattern"),
+                         testing::Values("all_linear", "rslora", "modules_to_save", "embed",
+                                         "rank_pattern"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(GoldenAdapters, WhatIsNotSupportedIsRefusedByName) {
   const nlohmann::json adapters = golden("peft_adapters.json")["adapters"];
-  const std::map<std::string, std::string> refusals = {{"LORA_dora", "use_dora = true"},
-                                                       {"LORA_bias", "lora_bias = true"},
-                                                       {"LORA_trainable_tokens", "trainable_token_indices = [11,48]"}};
+  const std::map<std::string, std::string> refusals = {
+      {"LORA_dora", "use_dora = true"},
+      {"LORA_bias", "lora_bias = true"},
+      {"LORA_trainable_tokens", "trainable_token_indices = [11,48]"}};
   int others = 0;
   for (const auto& [name, adapter] : adapters.items()) {
     const TestFolder folder;
@@ -103,13 +109,14 @@ TEST(GoldenAdapters, WhatIsNotSupportedIsRefusedByName) {
       expect_refused([&] { tiny.adapters.attach_frozen(folder.path()); }, refusals.at(name));
     } else if (type != "LORA") {
       ++others;
-      expect_refused([&] { tiny.adapters.attach_frozen(folder.path()); }, "peft_type '" + type + "' is not supported");
+      expect_refused([&] { tiny.adapters.attach_frozen(folder.path()); },
+                     "peft_type '" + type + "' is not supported");
     }
   }
   EXPECT_GT(others, 0);
 }
 
-// --- the files ----------------------------------------------------------------------------------------------------
+// --- the files
 
 struct FileCase {
   const char* golden;   ///< name in peft_files.json
@@ -122,14 +129,18 @@ class PeftFiles : public testing::TestWithParam<FileCase> {
  protected:
   static nlohmann::json base_config() {
     nlohmann::json config = golden("llama_tiny.json")["cases"]["llama_default"]["config"];
-    config.update({{"num_hidden_layers", 1}, {"head_dim", 8}, {"attention_bias", GetParam().biases},
-                   {"mlp_bias", GetParam().biases}, {"tie_word_embeddings", GetParam().tied}});
+    config.update({{"num_hidden_layers", 1},
+                   {"head_dim", 8},
+                   {"attention_bias", GetParam().biases},
+                   {"mlp_bias", GetParam().biases},
+                   {"tie_word_embeddings", GetParam().tied}});
     return config;
   }
   /// What PEFT wrote.
   nlohmann::json theirs() const {
     const nlohmann::json file = golden("peft_files.json");
-    nlohmann::json config = nlohmann::json::parse(file["lora_adapter_config_text"].get<std::string>());
+    nlohmann::json config =
+        nlohmann::json::parse(file["lora_adapter_config_text"].get<std::string>());
     nlohmann::json changes = file["lora"][GetParam().golden]["config_changes"];
     if (changes["target_modules"].is_string()) changes.erase("target_modules");  // "see full text"
     config.update(changes);
@@ -163,14 +174,16 @@ std::set<std::string> modules_of(const nlohmann::json& list, const SlotMap& slot
   for (const auto& entry : list) {
     for (const LinearSite& site : slots.linears) {
       const std::string suffix = entry.get<std::string>();
-      if (site.hf_path == suffix || site.hf_path.ends_with("." + suffix)) found.insert(site.hf_path);
+      if (site.hf_path == suffix || site.hf_path.ends_with("." + suffix))
+        found.insert(site.hf_path);
     }
   }
   return found;
 }
 
 /// Each adapted module's value of a pattern.
-nlohmann::json values_of(const nlohmann::json& config, const char* pattern, const char* fallback, const SlotMap& slots) {
+nlohmann::json values_of(const nlohmann::json& config, const char* pattern, const char* fallback,
+                         const SlotMap& slots) {
   nlohmann::json values;
   for (const std::string& module : modules_of(config["target_modules"], slots)) {
     values[module] = config[fallback];
@@ -187,12 +200,15 @@ TEST_P(PeftFiles, ConfigEntriesAgree) {
   for (const char* list : {"target_modules", "modules_to_save"}) {
     EXPECT_EQ(modules_of(config[list], slots), modules_of(expected[list], slots)) << list;
   }
-  EXPECT_EQ(values_of(config, "rank_pattern", "r", slots), values_of(expected, "rank_pattern", "r", slots));
+  EXPECT_EQ(values_of(config, "rank_pattern", "r", slots),
+            values_of(expected, "rank_pattern", "r", slots));
   EXPECT_EQ(values_of(config, "alpha_pattern", "lora_alpha", slots),
             values_of(expected, "alpha_pattern", "lora_alpha", slots));
   int compared = 0;
   for (const auto& [key, value] : config.items()) {
-    if (!expected.contains(key) || key == "target_modules" || key == "modules_to_save" || key.ends_with("_pattern")) continue;
+    if (!expected.contains(key) || key == "target_modules" || key == "modules_to_save" ||
+        key.ends_with("_pattern"))
+      continue;
     ++compared;
     EXPECT_EQ(value, expected[key]) << key;
   }
@@ -215,19 +231,23 @@ TEST_P(PeftFiles, WhatWeWriteWeRead) {
 constexpr const char* kQuery = "{r: 4, target_modules: q_proj}";
 INSTANTIATE_TEST_SUITE_P(
     Lora, PeftFiles,
-    testing::Values(FileCase{"plain", "{r: 4, target_modules: all-linear}"},
-                    FileCase{"rslora", "{r: 4, target_modules: q_proj, use_rslora: true}"},
-                    FileCase{"rankpat", "{r: 4, target_modules: [q_proj, v_proj], rank_pattern: {v_proj: 6},"
-                                        " alpha_pattern: {v_proj: 12}}"},
-                    FileCase{"mts", "{r: 4, target_modules: q_proj, modules_to_save: lm_head}"},
-                    FileCase{"embed_nosave", "{r: 4, target_modules: [embed_tokens, q_proj]}"},
-                    FileCase{"lmhead_nosave", "{r: 4, target_modules: [lm_head, q_proj]}"},
-                    FileCase{"bias_all", "{r: 4, target_modules: q_proj, bias: all}"},
-                    FileCase{"bias_all_b", "{r: 4, target_modules: q_proj, bias: all}", true},
-                    FileCase{"bias_lora_only_b", "{r: 4, target_modules: q_proj, bias: lora_only}", true},
-                    FileCase{"bf16base", kQuery},
-                    FileCase{"tied_mts", "{r: 4, target_modules: q_proj, modules_to_save: lm_head}", false, true},
-                    FileCase{"tied_mts_e", "{r: 4, target_modules: q_proj, modules_to_save: embed_tokens}", false, true}),
+    testing::Values(
+        FileCase{"plain", "{r: 4, target_modules: all-linear}"},
+        FileCase{"rslora", "{r: 4, target_modules: q_proj, use_rslora: true}"},
+        FileCase{"rankpat",
+                 "{r: 4, target_modules: [q_proj, v_proj], rank_pattern: {v_proj: 6},"
+                 " alpha_pattern: {v_proj: 12}}"},
+        FileCase{"mts", "{r: 4, target_modules: q_proj, modules_to_save: lm_head}"},
+        FileCase{"embed_nosave", "{r: 4, target_modules: [embed_tokens, q_proj]}"},
+        FileCase{"lmhead_nosave", "{r: 4, target_modules: [lm_head, q_proj]}"},
+        FileCase{"bias_all", "{r: 4, target_modules: q_proj, bias: all}"},
+        FileCase{"bias_all_b", "{r: 4, target_modules: q_proj, bias: all}", true},
+        FileCase{"bias_lora_only_b", "{r: 4, target_modules: q_proj, bias: lora_only}", true},
+        FileCase{"bf16base", kQuery},
+        FileCase{"tied_mts", "{r: 4, target_modules: q_proj, modules_to_save: lm_head}", false,
+                 true},
+        FileCase{"tied_mts_e", "{r: 4, target_modules: q_proj, modules_to_save: embed_tokens}",
+                 false, true}),
     [](const auto& info) { return std::string(info.param.golden); });
 
 }  // namespace

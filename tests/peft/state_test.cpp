@@ -19,6 +19,7 @@ class Directories : public testing::Test {
     tiny.load();
     tiny.jitter();
     saved = tiny.adapters.save(0, {"base", "CAUSAL_LM", "print"});
+    for (auto& [name, value] : saved.tensors) value = value.clone();  // tests damage them
     hash = tiny.adapters.params().hash();
   }
   /// Loads `saved`, which a test has damaged.
@@ -70,7 +71,8 @@ TEST_F(Directories, AWrongShapeIsNamedWithBoth) {
 }
 
 TEST_F(Directories, ANumberThatIsNotFiniteIsRefused) {
-  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+  for (const double bad :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
     tensor(kFirstA)[0][0] = bad;
     expect_load_refused(std::string("not finite: ") + kFirstA);
   }
@@ -108,7 +110,8 @@ TEST_F(Directories, AnEntryThatChangesTheMathematicsIsNamed) {
   expect_start_refused("an_entry_of_tomorrow = 3");
 }
 
-// PEFT takes these apart again when it loads: the base under such an adapter is not the one in the files.
+// PEFT takes these apart again when it loads: the base under such an adapter is not the one in the
+// files.
 TEST_F(Directories, AnInitialisationThatChangesTheBaseIsRefused) {
   for (const char* init : {"pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"}) {
     saved.config["init_lora_weights"] = init;
@@ -122,7 +125,9 @@ TEST_F(Directories, AnInitialisationThatChangesTheBaseIsRefused) {
 TEST_F(Directories, ValuesOutOfRangeAreRefused) {
   const nlohmann::json good = saved.config;
   const std::vector<std::pair<const char*, nlohmann::json>> bad = {
-      {"r", -4}, {"r", 0}, {"lora_alpha", 0}, {"lora_dropout", 1.5}, {"bias", "some"}, {"rank_pattern", {{"q_proj", 0}}}};
+      {"r", -4},         {"r", 0},
+      {"lora_alpha", 0}, {"lora_dropout", 1.5},
+      {"bias", "some"},  {"rank_pattern", {{"q_proj", 0}}}};
   for (const auto& [key, value] : bad) {
     saved.config = good;
     saved.config[key] = value;

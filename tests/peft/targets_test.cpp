@@ -17,7 +17,9 @@ class TargetsTest : public testing::Test {
     for (const LinearSite* site : targets.resolve(slots)) names.push_back(site->name);
     return names;
   }
-  Names modules(std::initializer_list<std::string> words) const { return resolve({configs::StringOrList(words)}); }
+  Names modules(std::initializer_list<std::string> words) const {
+    return resolve({configs::StringOrList(words)});
+  }
   Names written(const Targets& targets) const { return hf_targets(targets.resolve(slots), slots); }
 
   std::unique_ptr<models::Model> model = models::make_model(tiny_config("llama"));
@@ -29,7 +31,8 @@ const Names kQueries = {"block.0.attn.q", "block.1.attn.q"};
 TEST_F(TargetsTest, AllLinearIsEveryMatrixOfTheBlocks) {
   Names expected;
   for (const char* block : {"block.0.", "block.1."}) {
-    for (const char* role : {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"}) {
+    for (const char* role :
+         {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"}) {
       expected.push_back(std::string(block) + role);
     }
   }
@@ -52,7 +55,8 @@ TEST_F(TargetsTest, SlotAndPathMeanOne) {
 }
 
 TEST_F(TargetsTest, OrderIsTheModelsAndRepetitionHarmless) {
-  EXPECT_EQ(modules({"head", "attn.q", "q_proj", "embed"}), (Names{"embed", "block.0.attn.q", "block.1.attn.q", "head"}));
+  EXPECT_EQ(modules({"head", "attn.q", "q_proj", "embed"}),
+            (Names{"embed", "block.0.attn.q", "block.1.attn.q", "head"}));
 }
 
 TEST_F(TargetsTest, ExcludeAndLayersTakeAway) {
@@ -64,16 +68,29 @@ TEST_F(TargetsTest, ExcludeAndLayersTakeAway) {
 TEST_F(TargetsTest, ASuffixIsWholeWords) { EXPECT_THROW(modules({"proj"}), Error); }
 
 TEST_F(TargetsTest, WordsThatMeanNothingAreAnsweredWithTheNearest) {
-  expect_refused([&] { modules({"q_prj"}); }, "target_modules 'q_prj' matches nothing in this model; did you mean 'q_proj'?",
+  expect_refused([&] { modules({"q_prj"}); },
+                 "target_modules 'q_prj' matches nothing in this model; did you mean 'q_proj'?",
                  ExitCode::kUsage);
-  expect_refused([&] { resolve({{"attn.q"}, {"atn.k"}}); }, "exclude_modules 'atn.k' matches nothing in this model; did "
-                 "you mean 'attn.k'?", ExitCode::kUsage);
-  expect_refused([&] { resolve({{"attn.q"}, {"attn.q"}}); }, "leave no slot to adapt", ExitCode::kUsage);
+  expect_refused(
+      [&] {
+        resolve({{"attn.q"}, {"atn.k"}});
+      },
+      "exclude_modules 'atn.k' matches nothing in this model; did "
+      "you mean 'attn.k'?",
+      ExitCode::kUsage);
+  expect_refused(
+      [&] {
+        resolve({{"attn.q"}, {"attn.q"}});
+      },
+      "leave no slot to adapt", ExitCode::kUsage);
 }
 
 TEST_F(TargetsTest, ALayerTheModelLacksIsRefused) {
-  expect_refused([&] { resolve({{"attn.q"}, {}, {0, 2}}); }, "layers_to_transform: this model has no layer 2",
-                 ExitCode::kUsage);
+  expect_refused(
+      [&] {
+        resolve({{"attn.q"}, {}, {0, 2}});
+      },
+      "layers_to_transform: this model has no layer 2", ExitCode::kUsage);
 }
 
 TEST_F(TargetsTest, PeftIsToldSuffixesWhereAllAreMeantElsePaths) {
@@ -84,7 +101,8 @@ TEST_F(TargetsTest, PeftIsToldSuffixesWhereAllAreMeantElsePaths) {
 }
 
 TEST_F(TargetsTest, WhatIsWrittenMeansTheSameSlots) {
-  for (const Targets& targets : {Targets{{"all-linear"}, {"block.0.mlp.*"}}, Targets{{"attn.*", "head"}, {}, {1}}}) {
+  for (const Targets& targets :
+       {Targets{{"all-linear"}, {"block.0.mlp.*"}}, Targets{{"attn.*", "head"}, {}, {1}}}) {
     Targets back;
     back.modules.values = written(targets);
     EXPECT_EQ(resolve(back), resolve(targets));
@@ -103,8 +121,10 @@ TEST(Glob, StarsStandForAnyCharacters) {
 
 TEST(Patterns, TheLongestKeyThatMeansTheSlotWins) {
   LinearSite site;
-  site.name = "block.1.attn.q", site.role = "attn.q", site.hf_path = "model.layers.1.self_attn.q_proj";
-  const std::map<std::string, int> pattern = {{"q_proj", 4}, {"model.layers.1.self_attn.q_proj", 6}, {"v_proj", 9}};
+  site.name = "block.1.attn.q", site.role = "attn.q",
+  site.hf_path = "model.layers.1.self_attn.q_proj";
+  const std::map<std::string, int> pattern = {
+      {"q_proj", 4}, {"model.layers.1.self_attn.q_proj", 6}, {"v_proj", 9}};
   EXPECT_EQ(pattern_value(pattern, site, 8), 6);
   site.hf_path = "model.layers.0.self_attn.q_proj";
   EXPECT_EQ(pattern_value(pattern, site, 8), 4);

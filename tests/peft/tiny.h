@@ -1,10 +1,11 @@
-// A tiny base with adapters, on one rank or as one of several virtual ones: what the tests of peft/ train. Weights are
-// those of tests/golden: a pure function of a tensor's Hugging Face name.
+// A tiny base with adapters, on one rank or as one of several virtual ones: what the tests of peft/
+// train. Weights are those of tests/golden: a pure function of a tensor's Hugging Face name.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -26,7 +27,8 @@ namespace graft::peft {
 using models::io::golden;
 using models::io::TestFolder;
 
-/// Numbers in [-scale, scale) from a name: FNV-1a seeds a linear congruential generator (the goldens' `fill`).
+/// Numbers in [-scale, scale) from a name: FNV-1a seeds a linear congruential generator (the
+/// goldens' `fill`).
 inline Tensor fill(const std::string& name, at::IntArrayRef shape, double scale) {
   uint32_t x = 2166136261U;
   for (const unsigned char c : name) x = (x ^ c) * 16777619U;
@@ -38,20 +40,32 @@ inline Tensor fill(const std::string& name, at::IntArrayRef shape, double scale)
   return out;
 }
 
+/// What to load instead of a weight, by its Hugging Face name.
+using EditWeight = std::function<Tensor(const std::string& name, Tensor weight)>;
+
 /// The goldens' rule for base weights, over the names and shapes of a model.
 class GoldenSource : public models::io::TensorSource {
  public:
-  explicit GoldenSource(models::Model& model) : shapes_(models::random_source(model, 0)) {}
-  const std::vector<models::io::SourceTensor>& tensors() const override { return shapes_->tensors(); }
+  GoldenSource(models::Model& model, EditWeight edit)
+      : shapes_(models::random_source(model, 0)), edit_(std::move(edit)) {}
+  const std::vector<models::io::SourceTensor>& tensors() const override {
+    return shapes_->tensors();
+  }
   Tensor read(const std::string& name) override {
-    const auto& shape = find(name)->shape;
-    if (shape.size() == 2) return fill(name, shape, name == "model.embed_tokens.weight" ? 1.0 : 0.25);
-    return fill(name, shape, 0.2) + (name.find("norm") != std::string::npos ? 1.0 : 0.0);
+    return edit_ ? edit_(name, golden_value(name)) : golden_value(name);
   }
   std::string describe() const override { return "golden weights"; }
 
  private:
+  Tensor golden_value(const std::string& name) const {
+    const auto& shape = find(name)->shape;
+    if (shape.size() == 2)
+      return fill(name, shape, name == "model.embed_tokens.weight" ? 1.0 : 0.25);
+    return fill(name, shape, 0.2) + (name.find("norm") != std::string::npos ? 1.0 : 0.0);
+  }
+
   std::unique_ptr<models::io::TensorSource> shapes_;
+  EditWeight edit_;
 };
 
 inline nlohmann::json tiny_config(const std::string& model) {
@@ -62,7 +76,8 @@ inline nlohmann::json tiny_config(const std::string& model) {
 inline void read_fields(Method& method, const std::string& yaml) {
   configs::Problems problems;
   const configs::Node root = configs::parse_with_overrides(yaml, "options.yaml", {}, problems);
-  if (problems.empty()) configs::read_section(root, problems, [&](configs::Fields& f) { method.fields(f); });
+  if (problems.empty())
+    configs::read_section(root, problems, [&](configs::Fields& f) { method.fields(f); });
   problems.throw_if_any("options.yaml");
 }
 
@@ -87,20 +102,23 @@ inline models::Lane make_lane(int64_t number) {
 class Tiny : BaseWeights {
  public:
   explicit Tiny(const nlohmann::json& config)
-      : single_(dist::make_single_comm()), model(models::make_model(config)), adapters(*model, at::kCPU, 7) {
+      : single_(dist::make_single_comm()),
+        model(models::make_model(config)),
+        adapters(*model, at::kCPU, 7) {
     at::set_num_threads(1);
   }
   explicit Tiny(const char* model) : Tiny(tiny_config(model)) {}
 
-  void attach(const std::string& name, std::shared_ptr<Method> method, std::optional<std::string> init_from = {}) {
+  void attach(const std::string& name, std::shared_ptr<Method> method,
+              std::optional<std::string> init_from = {}) {
     entries_.push_back({name, std::move(method), std::move(init_from)});
   }
   /// Attaches what attach() listed, loads the weights, sets initial values.
-  void load(models::LoadOptions options = {}, dist::Comm* comm = nullptr) {
+  void load(models::LoadOptions options = {}, dist::Comm* comm = nullptr, EditWeight edit = {}) {
     comm_ = comm == nullptr ? single_.get() : comm;
     if (!entries_.empty()) adapters.attach(entries_);
     store = std::make_unique<dist::BlockStore>(*comm_, at::kCPU);
-    GoldenSource source(*model);
+    GoldenSource source(*model, std::move(edit));
     models::load_weights(*model, *store, source, options);
     struct Collect : models::Visitor {
       std::map<std::string, models::Weight*>& weights;
@@ -126,7 +144,8 @@ class Tiny : BaseWeights {
   };
   /// @param lanes  those of this rank, of `num_lanes` over all ranks
   Result sweep(std::vector<models::Lane> lanes, int64_t num_lanes) {
-    launcher::Gradients sink(adapters.params(), model->num_stages(), num_lanes, launcher::Reduction::kTree);
+    launcher::Gradients sink(adapters.params(), model->num_stages(), num_lanes,
+                             launcher::Reduction::kTree);
     models::TrunkOptions options;
     options.random = kernels::derive({7, 1}, optimizer->num_steps());
     options.lowest_trained = adapters.params().lowest_stage();
@@ -144,7 +163,8 @@ class Tiny : BaseWeights {
     return result;
   }
   /// One optimiser step; returns the loss before it.
-  double step(const std::vector<models::Lane>& lanes, int64_t num_lanes, double learning_rate = 1e-2) {
+  double step(const std::vector<models::Lane>& lanes, int64_t num_lanes,
+              double learning_rate = 1e-2) {
     const Result result = sweep(lanes, num_lanes);
     adapters.after_reduce({optimizer->num_steps(), 100});
     optimizer->step(result.gradients, learning_rate);
@@ -168,7 +188,8 @@ class Tiny : BaseWeights {
                             const models::io::NamedTensors& tensors) {
     std::filesystem::create_directories(directory);
     std::ofstream(directory + "/adapter_config.json") << config.dump(2);
-    models::io::write_safetensors(directory + "/adapter_model.safetensors", tensors, {{"format", "pt"}});
+    models::io::write_safetensors(directory + "/adapter_model.safetensors", tensors,
+                                  {{"format", "pt"}});
   }
 
  private:

@@ -158,7 +158,13 @@ class Lora : public LinearMethod<LoraConfig, LoraLinear> {
     config.get("alpha_pattern", config_.alpha_pattern);
     config.get_targets(config_.targets);
     config_.whole.from_peft_config(config);
-    config.ignore({"init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    nlohmann::json init = true;
+    config.get("init_lora_weights", init);
+    // Any other (pissa, olora ...) is taken out of the base's matrices: the base in the files is not the one below it.
+    GRAFT_CHECK(init.is_boolean() || init == "gaussian" || init == "eva" || init == "orthogonal", ExitCode::kData,
+                "adapter_config.json: init_lora_weights = ", init.dump(),
+                " changes the base and is not supported; convert the adapter to plain LoRA");
+    config.ignore({"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
                    "megatron_core", "qalora_group_size", "ensure_weight_tying", "layers_pattern"});
     config.refuse_the_rest();
   }
