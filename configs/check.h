@@ -1,6 +1,6 @@
-// The error type of the project, with its exit code, and the two checks. Every folder may include this header.
-// User mistakes (config, files, shapes) go through GRAFT_CHECK and say what, the value, where and what to do;
-// GRAFT_ASSERT is for bugs of ours. Only launcher/main.cpp catches.
+// The error type of the project, with its exit code, and the two checks. Every folder may include
+// this header. User mistakes (config, files, shapes) go through GRAFT_CHECK and say what, the
+// value, where and what to do; GRAFT_ASSERT is for bugs of ours. Only launcher/main.cpp catches.
 #pragma once
 
 #include <sstream>
@@ -54,17 +54,18 @@ Error make_error(const First& first, const Rest&... rest) {
 }  // namespace detail
 }  // namespace graft
 
-/// GRAFT_CHECK(cond, [ExitCode,] parts...): throws Error with the parts joined; the code is kUsage unless given.
-#define GRAFT_CHECK(cond, ...)                                     \
-  do {                                                             \
-    if (!(cond)) throw ::graft::detail::make_error(__VA_ARGS__);   \
+/// GRAFT_CHECK(cond, [ExitCode,] parts...): throws Error with the parts joined; the code is kUsage
+/// unless given.
+#define GRAFT_CHECK(cond, ...)                                   \
+  do {                                                           \
+    if (!(cond)) throw ::graft::detail::make_error(__VA_ARGS__); \
   } while (false)
 
 /// GRAFT_ASSERT(cond, parts...): a bug of ours, exit code 1; names the place.
-#define GRAFT_ASSERT(cond, ...)                                                              \
-  do {                                                                                       \
-    if (!(cond))                                                                             \
-      throw ::graft::Error(::graft::ExitCode::kBug,                                          \
-                           ::graft::detail::concat("internal error at ", __FILE__, ":",      \
-                                                   __LINE__, " (" #cond "): ", __VA_ARGS__)); \
+#define GRAFT_ASSERT(cond, ...)                                                                   \
+  do {                                                                                            \
+    if (!(cond))                                                                                  \
+      throw ::graft::Error(::graft::ExitCode::kBug,                                               \
+                           ::graft::detail::concat("internal error at ", __FILE__, ":", __LINE__, \
+                                                   " (" #cond "): ", __VA_ARGS__));               \
   } while (false)

@@ -1,5 +1,6 @@
-// Rank-aware logging, strings only: rank 0 to the terminal, every rank to its own file. Every folder may include
-// this header; spdlog lives in log.cpp alone, because its fmt and LibTorch's do not mix.
+// Rank-aware logging, strings only: rank 0 to the terminal, every rank to its own file. Every
+// folder may include this header; spdlog lives in log.cpp alone, because its fmt and LibTorch's do
+// not mix.
 #pragma once
 
 #include <string>

@@ -31,7 +31,8 @@ data::LoaderConfig eval_loader_config(const Run& run, const World& world) {
 std::vector<models::Lane> lanes_of(data::Loader::Step step, int64_t first, at::Device device) {
   std::vector<models::Lane> lanes;
   for (data::Batch& batch : step.lanes) {
-    for (at::Tensor* t : {&batch.tokens_BL, &batch.positions_BL, &batch.labels_BL}) *t = t->to(device);
+    for (at::Tensor* t : {&batch.tokens_BL, &batch.positions_BL, &batch.labels_BL})
+      *t = t->to(device);
     lanes.push_back({std::move(batch), first + static_cast<int64_t>(lanes.size()), 0});
   }
   return lanes;
@@ -44,13 +45,15 @@ EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters) {
   models::Pass pass;
   pass.adapters = adapters == Adapters::kOn;
   Progress progress("evaluating");
-  // Every rank lays out the same steps, so all leave this loop together, whether or not they have rows of the last one.
+  // Every rank lays out the same steps, so all leave this loop together, whether or not they have
+  // rows of the last one.
   EvalResult result;
   double loss = 0;
   for (bool last = false; !last;) {
     data::Loader::Step step = loader.next();
     last = step.last_of_epoch;
-    const auto lanes = lanes_of(std::move(step), bench.world.rank() * kLanesPerRank, bench.world.device);
+    const auto lanes =
+        lanes_of(std::move(step), bench.world.rank() * kLanesPerRank, bench.world.device);
     const auto sums = bench.trunk->forward(lanes, pass);
     const at::Tensor mine = at::zeros({kLanesPerRank, 2}, at::kDouble);
     for (size_t l = 0; l < lanes.size(); ++l) {
@@ -64,18 +67,20 @@ EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters) {
       loss += all[l][0].item<double>();
       result.targets += static_cast<int64_t>(all[l][1].item<double>());
     }
-    progress.update(last ? loader.num_documents() : loader.cursor().position, loader.num_documents());
+    progress.update(last ? loader.num_documents() : loader.cursor().position,
+                    loader.num_documents());
   }
   progress.finish();
-  GRAFT_CHECK(result.targets > 0, ExitCode::kData, "data.eval holds no target token within data.max_length = ",
-              run.data.max_length);
+  GRAFT_CHECK(result.targets > 0, ExitCode::kData,
+              "data.eval holds no target token within data.max_length = ", run.data.max_length);
   result.loss = loss / static_cast<double>(result.targets);
   result.documents = loader.num_documents();
   return result;
 }
 
 void write_logits(Workbench& bench, const Run& run, const std::string& path) {
-  GRAFT_CHECK(bench.world.size() == 1, "--logits needs one rank, this job has ", bench.world.size());
+  GRAFT_CHECK(bench.world.size() == 1, "--logits needs one rank, this job has ",
+              bench.world.size());
   data::LoaderConfig config = eval_loader_config(run, bench.world);
   config.rows_per_lane = 1;
   config.num_lanes = config.num_local_lanes = 1;

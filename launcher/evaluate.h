@@ -9,7 +9,7 @@
 namespace graft::launcher {
 
 struct EvalResult {
-  double loss = 0;       ///< mean over target tokens
+  double loss = 0;  ///< mean over target tokens
   int64_t targets = 0;
   int64_t documents = 0;
 };
@@ -19,7 +19,8 @@ enum class Adapters { kOff, kOn };
 /// The mean loss over `data.eval`, at most `eval.max_samples` documents in file order. Collective.
 EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters = Adapters::kOn);
 
-/// Writes the logits of each eval row in order, `row.0` [L, V] float32, `row.1` ... (padding cut off). One rank only.
+/// Writes the logits of each eval row in order, `row.0` [L, V] float32, `row.1` ... (padding cut
+/// off). One rank only.
 void write_logits(Workbench& bench, const Run& run, const std::string& path);
 
 }  // namespace graft::launcher

@@ -15,14 +15,16 @@ models::Lane lane_of(const std::vector<int64_t>& ids, int64_t position, at::Devi
   const auto length = static_cast<int64_t>(ids.size());
   models::Lane lane;
   lane.batch.tokens_BL = at::tensor(ids).unsqueeze(0).to(device);
-  lane.batch.positions_BL = at::arange(position, position + length, at::kLong).unsqueeze(0).to(device);
+  lane.batch.positions_BL =
+      at::arange(position, position + length, at::kLong).unsqueeze(0).to(device);
   lane.batch.documents_BL = at::zeros({1, length}, at::kLong);
   lane.batch.labels_BL = at::full({1, length}, -100, at::kLong).to(device);
   lane.batch.num_tokens = length;
   return lane;
 }
 
-/// Sampling by Gumbel's trick: the noise is a function of (seed, step, token), so ranks agree without talking.
+/// Sampling by Gumbel's trick: the noise is a function of (seed, step, token), so ranks agree
+/// without talking.
 int64_t choose(const at::Tensor& logits_V, const GenerateOptions& options, int64_t step) {
   if (options.temperature == 0) return logits_V.argmax().item<int64_t>();
   at::Tensor noise = at::empty(logits_V.sizes(), logits_V.options());
@@ -33,7 +35,8 @@ int64_t choose(const at::Tensor& logits_V, const GenerateOptions& options, int64
 
 }  // namespace
 
-std::vector<int64_t> generate(Workbench& bench, const std::vector<int64_t>& prompt, const GenerateOptions& options,
+std::vector<int64_t> generate(Workbench& bench, const std::vector<int64_t>& prompt,
+                              const GenerateOptions& options,
                               const std::function<void(int64_t)>& on_token) {
   GRAFT_CHECK(!prompt.empty(), "the prompt is empty");
   models::KvCache cache;
@@ -44,9 +47,11 @@ std::vector<int64_t> generate(Workbench& bench, const std::vector<int64_t>& prom
   for (int64_t step = 0; step < options.max_new_tokens; ++step) {
     const std::vector<models::Lane> lanes = {lane_of(input, cache.length, bench.world.device)};
     const at::Tensor logits_V = bench.trunk->forward(lanes, pass).front().flatten().to(at::kFloat);
-    GRAFT_CHECK(at::isfinite(logits_V).all().item<bool>(), ExitCode::kNumerics, "the model's logits are not finite");
+    GRAFT_CHECK(at::isfinite(logits_V).all().item<bool>(), ExitCode::kNumerics,
+                "the model's logits are not finite");
     const int64_t token = choose(logits_V, options, step);
-    if (std::find(options.eos_ids.begin(), options.eos_ids.end(), token) != options.eos_ids.end()) break;
+    if (std::find(options.eos_ids.begin(), options.eos_ids.end(), token) != options.eos_ids.end())
+      break;
     out.push_back(token);
     on_token(token);
     input = {token};

@@ -19,7 +19,8 @@ struct GenerateOptions {
 /// Continues `prompt`. Every rank computes the same tokens. Collective.
 /// @param on_token  told each new token's id as it comes
 /// @return the new tokens, without the end token
-std::vector<int64_t> generate(Workbench& bench, const std::vector<int64_t>& prompt, const GenerateOptions& options,
+std::vector<int64_t> generate(Workbench& bench, const std::vector<int64_t>& prompt,
+                              const GenerateOptions& options,
                               const std::function<void(int64_t)>& on_token);
 
 }  // namespace graft::launcher

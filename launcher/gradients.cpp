@@ -8,7 +8,8 @@ namespace graft::launcher {
 namespace {
 
 /// The gradients of one stage and lane as one vector; undefined ones are zero.
-Tensor flatten(const std::vector<Tensor>& gradients, const std::vector<Tensor>& parameters, int64_t numel) {
+Tensor flatten(const std::vector<Tensor>& gradients, const std::vector<Tensor>& parameters,
+               int64_t numel) {
   Tensor flat = at::empty({numel}, parameters.front().options().requires_grad(false));
   int64_t at = 0;
   for (size_t i = 0; i < parameters.size(); ++i) {
@@ -25,13 +26,15 @@ Tensor flatten(const std::vector<Tensor>& gradients, const std::vector<Tensor>& 
 
 }  // namespace
 
-Gradients::Gradients(const peft::ParamSet& params, int num_stages, int64_t num_lanes, Reduction reduction)
+Gradients::Gradients(const peft::ParamSet& params, int num_stages, int64_t num_lanes,
+                     Reduction reduction)
     : num_lanes_(num_lanes), reduction_(reduction) {
   for (int s = 0; s < num_stages; ++s) stages_.push_back({{}, 0, dist::TreeSum(num_lanes), {}});
   flat_ = at::zeros({params.numel()}, params.all().front().value.options().requires_grad(false));
   views_.resize(params.all().size());
   int64_t begin = 0;
-  for (int s = 0; s < num_stages; ++s) {  // flat goes by stage, so that a stage's tree is one piece of it
+  for (int s = 0; s < num_stages;
+       ++s) {  // flat goes by stage, so that a stage's tree is one piece of it
     for (size_t i = 0; i < params.all().size(); ++i) {
       const peft::Param& param = params.all()[i];
       if (param.stage != s) continue;
@@ -66,7 +69,8 @@ void Gradients::reduce(dist::Comm& comm, double num_targets) {
   std::vector<std::vector<Tensor>> nodes;  // of each maximal node, the pieces of the stages
   for (Stage& stage : stages_) {
     if (stage.parameters.empty()) continue;
-    std::vector<Tensor> parts = reduction_ == Reduction::kTree ? stage.tree.finish() : std::vector{stage.sum};
+    std::vector<Tensor> parts =
+        reduction_ == Reduction::kTree ? stage.tree.finish() : std::vector{stage.sum};
     stage.sum = Tensor();
     nodes.resize(std::max(nodes.size(), parts.size()));
     for (size_t n = 0; n < parts.size(); ++n) nodes[n].push_back(std::move(parts[n]));

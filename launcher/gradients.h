@@ -1,6 +1,6 @@
-// Gradients: the launcher's GradientSink. Sums each parameter's gradients over the lanes of a step and over ranks, as a
-// fixed tree (the same bits at any world size) or as running sums (the fastest), and divides by the global number of
-// target tokens: never a mean of means.
+// Gradients: the launcher's GradientSink. Sums each parameter's gradients over the lanes of a step
+// and over ranks, as a fixed tree (the same bits at any world size) or as running sums (the
+// fastest), and divides by the global number of target tokens: never a mean of means.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ class Gradients : public models::GradientSink {
   void add(int stage, const models::Lane& lane, std::vector<Tensor> gradients) override;
   void stage_done(int /*stage*/) override {}
 
-  /// Ends a step: sums over ranks, divides. Afterwards flat() and of() hold the step's gradients. Collective.
+  /// Ends a step: sums over ranks, divides. Afterwards flat() and of() hold the step's gradients.
+  /// Collective.
   void reduce(dist::Comm& comm, double num_targets);
 
   /// All gradients, float32, one after the other; parts of it are of().
@@ -46,7 +47,8 @@ class Gradients : public models::GradientSink {
   int64_t num_lanes_;
   Reduction reduction_;
   std::vector<Stage> stages_;
-  std::vector<std::pair<std::string, int64_t>> begins_;  ///< name and begin in flat, in the order of flat
+  std::vector<std::pair<std::string, int64_t>>
+      begins_;  ///< name and begin in flat, in the order of flat
   Tensor flat_;
   std::vector<Tensor> views_;
 };

@@ -37,7 +37,8 @@ int64_t peak_memory_bytes(at::Device) {
   return int64_t{usage.ru_maxrss} * 1024;
 }
 
-Metrics::Metrics(const std::string& output_dir, int64_t resumed_step, Workbench& bench) : bench_(bench) {
+Metrics::Metrics(const std::string& output_dir, int64_t resumed_step, Workbench& bench)
+    : bench_(bench) {
   gathered_ = bench_.world.comm().bytes(dist::Traffic::kGathered);
   reduced_ = bench_.world.comm().bytes(dist::Traffic::kReduced);
   if (bench_.world.rank() != 0) return;
@@ -47,7 +48,8 @@ Metrics::Metrics(const std::string& output_dir, int64_t resumed_step, Workbench&
   GRAFT_CHECK(out_.good(), path, ": cannot be written");
 }
 
-void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> eval_loss, int64_t logging_steps) {
+void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> eval_loss,
+                   int64_t logging_steps) {
   const auto now = Clock::now();
   const double ms = std::chrono::duration<double, std::milli>(now - last_).count();
   last_ = now;
@@ -58,25 +60,28 @@ void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> 
   const int64_t step = trainer.state().step;
   if (bench_.world.rank() != 0) return;
   const double tokens_per_s = static_cast<double>(r.tokens) * 1000 / ms;
-  std::string details = "step " + std::to_string(step) + "/" + std::to_string(trainer.max_steps()) + "  loss " +
-                        fixed(r.loss, "%.4f") + "  " + fixed(tokens_per_s, "%.0f") + " tok/s";
+  std::string details = "step " + std::to_string(step) + "/" + std::to_string(trainer.max_steps()) +
+                        "  loss " + fixed(r.loss, "%.4f") + "  " + fixed(tokens_per_s, "%.0f") +
+                        " tok/s";
   if (eval_loss) details += "  eval " + fixed(*eval_loss, "%.4f");
   progress_.update(step, trainer.max_steps(), details);
   if (step % logging_steps != 0 && step != trainer.max_steps() && !eval_loss) return;
-  nlohmann::ordered_json line = {{"step", step},
-                                 {"epoch", r.epoch},
-                                 {"task", nullptr},
-                                 {"loss", r.targets > 0 ? nlohmann::ordered_json(r.loss) : nlohmann::ordered_json(nullptr)},
-                                 {"eval_loss", eval_loss ? nlohmann::ordered_json(*eval_loss) : nlohmann::ordered_json(nullptr)},
-                                 {"learning_rate", r.learning_rate},
-                                 {"grad_norm", r.grad_norm},
-                                 {"tokens", trainer.state().tokens},
-                                 {"tokens_per_s", tokens_per_s},
-                                 {"step_ms", ms},
-                                 {"data_wait_ms", r.data_wait_ms},
-                                 {"peak_memory_bytes", peak_memory_bytes(bench_.world.device)},
-                                 {"bytes_gathered", gathered},
-                                 {"bytes_reduced", reduced}};
+  nlohmann::ordered_json line = {
+      {"step", step},
+      {"epoch", r.epoch},
+      {"task", nullptr},
+      {"loss", r.targets > 0 ? nlohmann::ordered_json(r.loss) : nlohmann::ordered_json(nullptr)},
+      {"eval_loss",
+       eval_loss ? nlohmann::ordered_json(*eval_loss) : nlohmann::ordered_json(nullptr)},
+      {"learning_rate", r.learning_rate},
+      {"grad_norm", r.grad_norm},
+      {"tokens", trainer.state().tokens},
+      {"tokens_per_s", tokens_per_s},
+      {"step_ms", ms},
+      {"data_wait_ms", r.data_wait_ms},
+      {"peak_memory_bytes", peak_memory_bytes(bench_.world.device)},
+      {"bytes_gathered", gathered},
+      {"bytes_reduced", reduced}};
   out_ << line.dump() << '\n' << std::flush;
   GRAFT_CHECK(out_.good(), ExitCode::kData, "metrics.jsonl cannot be written: is the disk full?");
 }

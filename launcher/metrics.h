@@ -1,5 +1,5 @@
-// Metrics: metrics.jsonl, one object a logged step, and the console line. Rank 0 writes; numbers in ms and bytes, memory
-// and traffic per rank.
+// Metrics: metrics.jsonl, one object a logged step, and the console line. Rank 0 writes; numbers in
+// ms and bytes, memory and traffic per rank.
 #pragma once
 
 #include <chrono>
@@ -15,9 +15,11 @@ namespace graft::launcher {
 
 class Metrics {
  public:
-  /// Opens output_dir/metrics.jsonl; lines of steps after `resumed_step` are dropped: they will be made again.
+  /// Opens output_dir/metrics.jsonl; lines of steps after `resumed_step` are dropped: they will be
+  /// made again.
   Metrics(const std::string& output_dir, int64_t resumed_step, Workbench& bench);
-  void step(const StepResult& result, Trainer& trainer, std::optional<double> eval_loss, int64_t logging_steps);
+  void step(const StepResult& result, Trainer& trainer, std::optional<double> eval_loss,
+            int64_t logging_steps);
   void finish() { progress_.finish(); }
 
  private:

@@ -19,7 +19,8 @@ std::string format(const char* pattern, double value, const char* unit) {
 std::string bar(double fraction) {
   constexpr int kWidth = 24;
   const int full = static_cast<int>(fraction * kWidth);
-  return "[" + std::string(static_cast<size_t>(full), '=') + std::string(static_cast<size_t>(kWidth - full), ' ') + "]";
+  return "[" + std::string(static_cast<size_t>(full), '=') +
+         std::string(static_cast<size_t>(kWidth - full), ' ') + "]";
 }
 
 }  // namespace
@@ -55,7 +56,8 @@ void Progress::update(int64_t done, int64_t total, const std::string& details) {
   std::string line = what_ + " " + (terminal ? bar(fraction) + " " : "") +
                      std::to_string(static_cast<int>(fraction * 100)) + "%";
   if (!details.empty()) line += "  " + details;
-  if (done > 0 && done < total) line += "  " + duration_text(elapsed / fraction - elapsed) + " left";
+  if (done > 0 && done < total)
+    line += "  " + duration_text(elapsed / fraction - elapsed) + " left";
   // A quick job is not worth a line in a log.
   if (terminal) {
     std::fprintf(stderr, "\r\033[K%s", line.c_str());

@@ -1,4 +1,5 @@
-// Progress: one changing line on a terminal, one plain line every few seconds in a file; rank 0 only.
+// Progress: one changing line on a terminal, one plain line every few seconds in a file; rank 0
+// only.
 #pragma once
 
 #include <chrono>

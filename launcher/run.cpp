@@ -9,7 +9,8 @@ namespace graft::launcher {
 namespace {
 
 /// "train.learning_rate" -> "0.0002", for every scalar and empty value of a tree.
-void flatten(const configs::Node& node, const std::string& path, std::map<std::string, std::string>& out) {
+void flatten(const configs::Node& node, const std::string& path,
+             std::map<std::string, std::string>& out) {
   using Kind = configs::Node::Kind;
   if ((node.kind != Kind::kMap && node.kind != Kind::kList) || node.items.empty()) {
     out[path] = configs::to_flow(node);
@@ -30,13 +31,14 @@ std::map<std::string, std::string> flatten_text(const std::string& yaml) {
   return out;
 }
 
-/// What a resumed run may change. Lanes per step are compared where the world size is known; a larger max_steps restates
-/// the schedule.
+/// What a resumed run may change. Lanes per step are compared where the world size is known; a
+/// larger max_steps restates the schedule.
 bool may_differ(const std::string& key) {
   for (const char* section : {"log.", "eval.", "checkpoint.", "parallel."}) {
     if (key.starts_with(section)) return true;
   }
-  return key == "train.gradient_accumulation_steps" || key == "train.max_steps" || key == "train.num_train_epochs";
+  return key == "train.gradient_accumulation_steps" || key == "train.max_steps" ||
+         key == "train.num_train_epochs";
 }
 
 }  // namespace
@@ -44,7 +46,8 @@ bool may_differ(const std::string& key) {
 void Run::fields(Fields& f) {
   RunConfig::fields(f);
   f("peft", peft, "what is trained; methods stack in order");
-  f.require(data.train.values.empty() || !peft.empty(), "peft", "is missing: name a method, such as [{method: lora}]");
+  f.require(data.train.values.empty() || !peft.empty(), "peft",
+            "is missing: name a method, such as [{method: lora}]");
 }
 
 std::vector<std::string> resume_conflicts(const std::string& saved, const std::string& current) {
@@ -53,10 +56,12 @@ std::vector<std::string> resume_conflicts(const std::string& saved, const std::s
   for (const auto& [key, value] : before) {
     const auto found = now.find(key);
     if (may_differ(key) || (found != now.end() && found->second == value)) continue;
-    conflicts.push_back(key + ": " + value + " -> " + (found == now.end() ? "(absent)" : found->second));
+    conflicts.push_back(key + ": " + value + " -> " +
+                        (found == now.end() ? "(absent)" : found->second));
   }
   for (const auto& [key, value] : now) {
-    if (!may_differ(key) && !before.contains(key)) conflicts.push_back(key + ": (absent) -> " + value);
+    if (!may_differ(key) && !before.contains(key))
+      conflicts.push_back(key + ": (absent) -> " + value);
   }
   return conflicts;
 }

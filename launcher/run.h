@@ -14,7 +14,8 @@ struct Run : RunConfig {
   void fields(Fields& f);
 };
 
-/// Keys whose values differ between two resolved runs, as `key: a -> b`, without those that a resumed run may change.
+/// Keys whose values differ between two resolved runs, as `key: a -> b`, without those that a
+/// resumed run may change.
 /// @param saved, current  YAML as `configs::dump` writes it
 std::vector<std::string> resume_conflicts(const std::string& saved, const std::string& current);
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/version.h"
 
@@ -21,29 +22,8 @@ std::string utc_now() {
 }
 
 std::string device_text(const World& world) {
-  return world.device.is_cuda() ? world.device.str() : std::to_string(world.threads) + " CPU threads";
-}
-
-/// "4.88 M", "134.5 M".
-std::string count_text(int64_t n) {
-  char text[32];
-  if (n < 1000000) {
-    std::snprintf(text, sizeof text, "%lld", static_cast<long long>(n));
-  } else if (n < 1000000000) {
-    std::snprintf(text, sizeof text, "%.2f M", static_cast<double>(n) / 1e6);
-  } else {
-    std::snprintf(text, sizeof text, "%.2f B", static_cast<double>(n) / 1e9);
-  }
-  return text;
-}
-
-int64_t base_parameters(models::Model& model) {
-  struct Count : models::Visitor {
-    int64_t n = 0;
-    void weight(const std::string&, models::Weight& w) override { n += w.numel(); }
-  } count;
-  for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, count);
-  return count.n;
+  return world.device.is_cuda() ? world.device.str()
+                                : std::to_string(world.threads) + " CPU threads";
 }
 
 }  // namespace
@@ -67,20 +47,23 @@ nlohmann::ordered_json run_record(const Workbench& bench, const Run& run) {
 }
 
 std::string banner(const Workbench& bench, Trainer& trainer, const Run& run) {
-  const int64_t base = base_parameters(*bench.model), trained = bench.adapters->params().numel();
+  const int64_t base = num_parameters(*bench.model), trained = bench.adapters->params().numel();
   char share[16];
-  std::snprintf(share, sizeof share, "%.2f %%", 100.0 * static_cast<double>(trained) / static_cast<double>(base));
+  std::snprintf(share, sizeof share, "%.2f %%",
+                100.0 * static_cast<double>(trained) / static_cast<double>(base));
   std::string methods;
   for (const auto& entry : run.peft) methods += (methods.empty() ? "" : " + ") + entry.name;
   const int ranks = bench.world.size();
-  return "base     " + run.model.name_or_path + "  " + count_text(base) + " parameters, " + run.model.quantization +
-         ", " + bytes_text(bench.store->resident_bytes()) + " a rank\n" +
+  return "base     " + run.model.name_or_path + "  " + count_text(base) + " parameters, " +
+         run.model.quantization + ", " + bytes_text(bench.store->resident_bytes()) + " a rank\n" +
          "train    " + methods + "  " + count_text(trained) + " parameters (" + share + ")\n" +
-         "step     " + std::to_string(trainer.num_lanes()) + " x " + std::to_string(run.train.per_device_train_batch_size) +
-         " x " + std::to_string(run.data.max_length) + " tokens, " + std::to_string(trainer.max_steps()) + " steps from " +
-         std::to_string(trainer.state().step) + ", " + std::to_string(trainer.loader().num_documents()) + " documents\n" +
-         "ranks    " + std::to_string(ranks) + " on " + std::to_string(bench.world.topology.num_nodes) + " node(s), " +
-         device_text(bench.world) + " each, " + c10::toString(bench.dtype);
+         "step     " + std::to_string(trainer.num_lanes()) + " x " +
+         std::to_string(run.train.per_device_train_batch_size) + " x " +
+         std::to_string(run.data.max_length) + " tokens, " + std::to_string(trainer.max_steps()) +
+         " steps from " + std::to_string(trainer.state().step) + ", " +
+         std::to_string(trainer.loader().num_documents()) + " documents\n" + "ranks    " +
+         std::to_string(ranks) + " on " + std::to_string(bench.world.topology.num_nodes) +
+         " node(s), " + device_text(bench.world) + " each, " + c10::toString(bench.dtype);
 }
 
 std::string log_file(const std::string& output_dir, int rank) {

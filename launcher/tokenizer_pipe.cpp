@@ -24,14 +24,18 @@ TokenizerPipe::TokenizerPipe(const std::string& model_path) {
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_adddup2(&actions, down[0], STDIN_FILENO);
   posix_spawn_file_actions_adddup2(&actions, up[1], STDOUT_FILENO);
-  const std::string script = source_dir() + "/data/prepare/tokenizer_pipe.py", interpreter = python();
-  std::array<const char*, 5> argv{interpreter.c_str(), script.c_str(), "--model", model_path.c_str(), nullptr};
-  const int failed = posix_spawnp(&child_, interpreter.c_str(), &actions, nullptr, const_cast<char**>(argv.data()), environ);
+  const std::string script = source_dir() + "/data/prepare/tokenizer_pipe.py",
+                    interpreter = python();
+  std::array<const char*, 5> argv{interpreter.c_str(), script.c_str(), "--model",
+                                  model_path.c_str(), nullptr};
+  const int failed = posix_spawnp(&child_, interpreter.c_str(), &actions, nullptr,
+                                  const_cast<char**>(argv.data()), environ);
   posix_spawn_file_actions_destroy(&actions);
   close(down[0]), close(up[1]);
   to_ = fdopen(down[1], "w"), from_ = fdopen(up[0], "r");
   GRAFT_CHECK(failed == 0, interpreter, " cannot be started; run cluster/install.sh");
-  std::signal(SIGPIPE, SIG_IGN);  // a helper that is gone is an error of ask(), not the end of this process
+  std::signal(SIGPIPE,
+              SIG_IGN);  // a helper that is gone is an error of ask(), not the end of this process
   const nlohmann::json info = ask({{"op", "info"}});
   eos_ids_ = info.at("eos_ids").get<std::vector<int64_t>>();
   has_template_ = info.at("has_chat_template").get<bool>();
@@ -59,7 +63,8 @@ nlohmann::json TokenizerPipe::ask(const nlohmann::json& question) {
 }
 
 std::vector<int64_t> TokenizerPipe::render(const std::string& prompt) {
-  if (!has_template_) return ask({{"op", "encode"}, {"text", prompt}}).at("ids").get<std::vector<int64_t>>();
+  if (!has_template_)
+    return ask({{"op", "encode"}, {"text", prompt}}).at("ids").get<std::vector<int64_t>>();
   const nlohmann::json messages = {{{"role", "user"}, {"content", prompt}}};
   return ask({{"op", "render"}, {"messages", messages}}).at("ids").get<std::vector<int64_t>>();
 }

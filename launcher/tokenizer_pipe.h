@@ -1,5 +1,5 @@
-// TokenizerPipe: the tokenizer of a model, in a Python process at the other end of a pipe (data/prepare/tokenizer_pipe.py).
-// Only generation needs it; a training run never starts Python.
+// TokenizerPipe: the tokenizer of a model, in a Python process at the other end of a pipe
+// (data/prepare/tokenizer_pipe.py). Only generation needs it; a training run never starts Python.
 #pragma once
 
 #include <sys/types.h>
@@ -14,13 +14,15 @@ namespace graft::launcher {
 
 class TokenizerPipe {
  public:
-  /// @throws graft::Error (kUsage) if the interpreter or the tokenizer cannot be had, with the helper's own words
+  /// @throws graft::Error (kUsage) if the interpreter or the tokenizer cannot be had, with the
+  /// helper's own words
   explicit TokenizerPipe(const std::string& model_path);
   ~TokenizerPipe();
   TokenizerPipe(const TokenizerPipe&) = delete;
   TokenizerPipe& operator=(const TokenizerPipe&) = delete;
 
-  /// A user's message through the model's chat template, up to where the answer begins; without a template the plain text.
+  /// A user's message through the model's chat template, up to where the answer begins; without a
+  /// template the plain text.
   std::vector<int64_t> render(const std::string& prompt);
   std::string decode(const std::vector<int64_t>& ids);
   const std::vector<int64_t>& eos_ids() const { return eos_ids_; }

@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kMostNonFinite = 3;
 
 Reduction reduction_of(const std::string& name, at::Device device) {
-  return name == "tree" || (name == "auto" && device.is_cpu()) ? Reduction::kTree : Reduction::kFastest;
+  return name == "tree" || (name == "auto" && device.is_cpu()) ? Reduction::kTree
+                                                               : Reduction::kFastest;
 }
 
 int64_t steps_of_epochs(const data::Loader& loader, double epochs) {
@@ -30,12 +31,14 @@ Schedule schedule_of(const Run& run, const data::Loader& loader) {
   Schedule schedule{run.train.lr_scheduler_type, run.train.learning_rate};
   schedule.max_steps = run.train.max_steps ? *run.train.max_steps
                                            : steps_of_epochs(loader, *run.train.num_train_epochs);
-  schedule.warmup_steps = static_cast<int64_t>(std::ceil(run.train.warmup_ratio * static_cast<double>(schedule.max_steps)));
+  schedule.warmup_steps = static_cast<int64_t>(
+      std::ceil(run.train.warmup_ratio * static_cast<double>(schedule.max_steps)));
   return schedule;
 }
 
 models::Lane on_device(data::Batch batch, int64_t number, at::Device device) {
-  for (at::Tensor* t : {&batch.tokens_BL, &batch.positions_BL, &batch.labels_BL}) *t = t->to(device);
+  for (at::Tensor* t : {&batch.tokens_BL, &batch.positions_BL, &batch.labels_BL})
+    *t = t->to(device);
   return {std::move(batch), number, 0};
 }
 
@@ -52,7 +55,8 @@ data::LoaderConfig train_loader_config(const Run& run, const World& world) {
   config.num_local_lanes = run.train.gradient_accumulation_steps;
   config.num_lanes = config.num_local_lanes * world.size();
   config.first_lane = config.num_local_lanes * world.rank();
-  config.on_bad_sample = run.data.on_bad_sample == "skip" ? data::OnBadSample::kSkip : data::OnBadSample::kStop;
+  config.on_bad_sample =
+      run.data.on_bad_sample == "skip" ? data::OnBadSample::kSkip : data::OnBadSample::kStop;
   config.report = [](const data::BadSample& bad) { log::warn("skipping " + bad.reason); };
   return config;
 }
@@ -68,8 +72,9 @@ Trainer::Trainer(Workbench& bench, const Run& run)
       schedule_(schedule_of(run, loader_)) {
   const int64_t vocab = bench.model->info().vocab_size;
   for (const auto& shard : loader_.corpus().shards()) {
-    GRAFT_CHECK(shard.vocab_size() <= vocab, ExitCode::kData, shard.path(), ": tokens of a vocabulary of ",
-                shard.vocab_size(), ", the model has ", vocab, "; prepare the data with this model's tokenizer");
+    GRAFT_CHECK(shard.vocab_size() <= vocab, ExitCode::kData, shard.path(),
+                ": tokens of a vocabulary of ", shard.vocab_size(), ", the model has ", vocab,
+                "; prepare the data with this model's tokenizer");
   }
 }
 
@@ -91,7 +96,8 @@ std::vector<models::Lane> Trainer::next_lanes() {
   return lanes;
 }
 
-/// Lane by lane in order, so the sum has the same bits at any world size. The wish to stop travels along.
+/// Lane by lane in order, so the sum has the same bits at any world size. The wish to stop travels
+/// along.
 Trainer::Sums Trainer::sum_over_ranks(const std::vector<models::Lane>& lanes, bool stop_requested) {
   const auto count = static_cast<int64_t>(lanes.size());
   const Tensor mine = at::empty({count, 4}, at::kDouble);
@@ -123,8 +129,10 @@ bool Trainer::finite(double grad_norm) {
   const int64_t bad = kernels::first_non_finite(gradients_.flat());
   const std::string where = bad < 0 ? "the loss" : "the gradient of " + gradients_.where(bad);
   const std::string text = detail::concat("step ", state_.step + 1, ": ", where, " is not finite");
-  GRAFT_CHECK(++state_.non_finite_in_a_row < kMostNonFinite, ExitCode::kNumerics, text, ", ", kMostNonFinite,
-              " steps in a row; lower train.learning_rate or look at the data. The last checkpoint is untouched.");
+  GRAFT_CHECK(++state_.non_finite_in_a_row < kMostNonFinite, ExitCode::kNumerics, text, ", ",
+              kMostNonFinite,
+              " steps in a row; lower train.learning_rate or look at the data. The last checkpoint "
+              "is untouched.");
   log::warn(text + "; the step is left out");
   return false;
 }
@@ -132,13 +140,16 @@ bool Trainer::finite(double grad_norm) {
 StepResult Trainer::train_step(bool stop_requested) {
   std::vector<models::Lane> lanes = next_lanes();
   models::TrunkOptions options;
-  options.recompute = run_.train.gradient_checkpointing ? models::Recompute::kOn : models::Recompute::kOff;
+  options.recompute =
+      run_.train.gradient_checkpointing ? models::Recompute::kOn : models::Recompute::kOff;
   options.random = kernels::derive({static_cast<uint64_t>(run_.train.seed), 1}, state_.step);
   options.lowest_trained = bench_.adapters->params().lowest_stage();
 
-  const auto per_sweep = static_cast<size_t>(run_.parallel.lanes_per_gather.value.value_or(static_cast<int>(lanes.size())));
+  const auto per_sweep = static_cast<size_t>(
+      run_.parallel.lanes_per_gather.value.value_or(static_cast<int>(lanes.size())));
   for (size_t first = 0; first < lanes.size(); first += per_sweep) {
-    const std::span sweep = std::span(lanes).subspan(first, std::min(per_sweep, lanes.size() - first));
+    const std::span sweep =
+        std::span(lanes).subspan(first, std::min(per_sweep, lanes.size() - first));
     bench_.trunk->sweep(sweep, gradients_, options);
   }
   const Sums sums = sum_over_ranks(lanes, stop_requested);
@@ -153,7 +164,8 @@ StepResult Trainer::train_step(bool stop_requested) {
   const bool usable = sums.targets > 0 && finite(result.grad_norm + result.loss);
   if (usable) {
     const double limit = run_.train.max_grad_norm;
-    if (limit > 0 && result.grad_norm > limit) gradients_.flat().mul_(limit / (result.grad_norm + 1e-6));
+    if (limit > 0 && result.grad_norm > limit)
+      gradients_.flat().mul_(limit / (result.grad_norm + 1e-6));
     optimizer_.step(gradients_.of(), result.learning_rate);
     bench_.adapters->after_step(info);
   }

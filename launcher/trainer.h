@@ -14,22 +14,22 @@
 namespace graft::launcher {
 
 struct StepResult {
-  double loss = 0;         ///< mean over the step's target tokens, all ranks
-  double grad_norm = 0;    ///< before clipping
+  double loss = 0;       ///< mean over the step's target tokens, all ranks
+  double grad_norm = 0;  ///< before clipping
   double learning_rate = 0;
-  int64_t tokens = 0;      ///< tokens of the step that are not padding, all ranks
+  int64_t tokens = 0;  ///< tokens of the step that are not padding, all ranks
   int64_t targets = 0;
   double epoch = 0;
   double data_wait_ms = 0;
-  bool skipped = false;    ///< no target in the step, or gradients that are not finite
+  bool skipped = false;         ///< no target in the step, or gradients that are not finite
   bool stop_requested = false;  ///< some rank was asked to end
 };
 
 /// Everything beside the adapters that decides how a run goes on.
 struct TrainState {
-  int64_t step = 0;        ///< optimiser steps done
+  int64_t step = 0;  ///< optimiser steps done
   data::Cursor cursor;
-  int64_t tokens = 0;      ///< seen so far
+  int64_t tokens = 0;  ///< seen so far
   int64_t non_finite_in_a_row = 0;
   double best_eval_loss = 0;
   int64_t best_step = -1;  ///< of best_eval_loss; -1: none yet

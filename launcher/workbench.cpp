@@ -21,10 +21,12 @@ models::Quantization quantization_of(const std::string& name) {
   return name == "int8" ? models::Quantization::kInt8 : models::Quantization::kNone;
 }
 
-/// `auto` is `world`: the placement by memory belongs to the planner. `node` is the group of one host.
+/// `auto` is `world`: the placement by memory belongs to the planner. `node` is the group of one
+/// host.
 std::unique_ptr<dist::Comm> make_shard_comm(const World& world, const std::string& shard) {
   if (shard == "replicate" && world.size() > 1) return dist::make_single_comm();
-  GRAFT_CHECK(shard != "node" || world.topology.num_nodes == 1, "parallel.shard: node needs all ranks on one node here; use world");
+  GRAFT_CHECK(shard != "node" || world.topology.num_nodes == 1,
+              "parallel.shard: node needs all ranks on one node here; use world");
   return nullptr;
 }
 
@@ -59,9 +61,10 @@ void load_base(Workbench& bench, const RunConfig& config) {
   options.quantization = quantization_of(config.model.quantization);
   options.double_quantization = config.model.double_quantization;
   options.compute_dtype = bench.dtype;
-  const auto source = config.model.weights == "random"
-                          ? models::random_source(*bench.model, static_cast<uint64_t>(config.train.seed))
-                          : models::io::open_source(config.model.name_or_path);
+  const auto source =
+      config.model.weights == "random"
+          ? models::random_source(*bench.model, static_cast<uint64_t>(config.train.seed))
+          : models::io::open_source(config.model.name_or_path);
   Progress progress("loading " + source->describe());
   options.progress = [&](int64_t done, int64_t total) { progress.update(done, total); };
   auto hashes = models::load_weights(*bench.model, *bench.store, *source, options);
@@ -73,7 +76,8 @@ void load_base(Workbench& bench, const RunConfig& config) {
   for (const std::string& text : dist::gather_texts(*bench.world.host, mine)) {
     std::istringstream in(text);
     for (models::SourceHash h; in >> h.name >> h.hash;) {
-      const bool seen = std::any_of(all.begin(), all.end(), [&](const auto& o) { return o.name == h.name; });
+      const bool seen =
+          std::any_of(all.begin(), all.end(), [&](const auto& o) { return o.name == h.name; });
       if (!seen) all.push_back(h);
     }
   }
@@ -89,11 +93,14 @@ std::unique_ptr<peft::BaseWeights> Workbench::base_weights() {
 Workbench build_workbench(World& world, Run& config) {
   Workbench bench{world, compute_dtype(config.model.dtype, world.device), {}, {}, {}, {}, {}, {}};
   bench.model = models::make_model(models::read_base_config(config.model.name_or_path));
-  bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device, static_cast<uint64_t>(config.train.seed));
-  for (const std::string& directory : config.model.adapters.values) bench.adapters->attach_frozen(directory);
+  bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device,
+                                                static_cast<uint64_t>(config.train.seed));
+  for (const std::string& directory : config.model.adapters.values)
+    bench.adapters->attach_frozen(directory);
   bench.adapters->attach(config.peft);
   bench.shard_comm = make_shard_comm(world, config.parallel.shard);
-  bench.store = std::make_unique<dist::BlockStore>(bench.shard_comm ? *bench.shard_comm : world.comm(), world.device);
+  bench.store = std::make_unique<dist::BlockStore>(
+      bench.shard_comm ? *bench.shard_comm : world.comm(), world.device);
   load_base(bench, config);
   bench.adapters->initialize(*bench.base_weights());
   bench.trunk = std::make_unique<models::Trunk>(*bench.model, *bench.store);

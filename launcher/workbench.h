@@ -1,5 +1,5 @@
-// Workbench: a loaded base with its adapters, ready to be trained, evaluated or asked. What every verb that runs a model
-// starts from.
+// Workbench: a loaded base with its adapters, ready to be trained, evaluated or asked. What every
+// verb that runs a model starts from.
 #pragma once
 
 #include <memory>
@@ -20,7 +20,8 @@ struct Workbench {
   at::ScalarType dtype;
   std::unique_ptr<models::Model> model;
   std::unique_ptr<dist::BlockStore> store;
-  std::unique_ptr<dist::Comm> shard_comm;  ///< null: the world's; a group of one when the base is replicated
+  std::unique_ptr<dist::Comm>
+      shard_comm;  ///< null: the world's; a group of one when the base is replicated
   std::unique_ptr<peft::Peft> adapters;
   std::unique_ptr<models::Trunk> trunk;
   std::string fingerprint;  ///< of the base
@@ -29,8 +30,9 @@ struct Workbench {
   std::unique_ptr<peft::BaseWeights> base_weights();
 };
 
-/// Builds the model, attaches frozen adapters and the run's methods, loads the weights, sets initial values. Mistakes in
-/// the run (targets, shapes) are reported before any weight is read. Collective.
+/// Builds the model, attaches frozen adapters and the run's methods, loads the weights, sets
+/// initial values. Mistakes in the run (targets, shapes) are reported before any weight is read.
+/// Collective.
 /// @param run  its `peft` entries are resolved (init_from alone gets its method)
 Workbench build_workbench(World& world, Run& run);
 

@@ -13,7 +13,8 @@ namespace {
 
 #ifdef GRAFT_WITH_CUDA
 std::unique_ptr<dist::Comm> device_comm_of(dist::Comm& host, at::Device device) {
-  return device.is_cuda() ? dist::make_nccl_comm(host, device.index(), std::chrono::minutes(5)) : nullptr;
+  return device.is_cuda() ? dist::make_nccl_comm(host, device.index(), std::chrono::minutes(5))
+                          : nullptr;
 }
 #else
 std::unique_ptr<dist::Comm> device_comm_of(dist::Comm&, at::Device) { return nullptr; }
@@ -21,15 +22,18 @@ std::unique_ptr<dist::Comm> device_comm_of(dist::Comm&, at::Device) { return nul
 
 }  // namespace
 
-World join_world(const dist::Topology& topology, dist::MpiSession* session, const ParallelConfig& config) {
+World join_world(const dist::Topology& topology, dist::MpiSession* session,
+                 const ParallelConfig& config) {
   World world;
   world.topology = topology;
   world.host = session != nullptr ? dist::make_mpi_comm() : dist::make_single_comm();
   dist::place_on_nodes(world.topology, *world.host);
-  if (at::hasCUDA()) world.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(world.topology.local_rank));
+  if (at::hasCUDA())
+    world.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(world.topology.local_rank));
   world.device_comm = device_comm_of(*world.host, world.device);
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  world.threads = config.threads_per_rank.value.value_or(std::max(1, cores / world.topology.local_world));
+  world.threads =
+      config.threads_per_rank.value.value_or(std::max(1, cores / world.topology.local_world));
   at::set_num_threads(world.threads);
   return world;
 }

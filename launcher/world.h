@@ -13,7 +13,8 @@ namespace graft::launcher {
 
 struct World {
   dist::Topology topology;
-  std::unique_ptr<dist::Comm> host;    ///< all ranks, CPU tensors: control, and all traffic of a CPU run
+  std::unique_ptr<dist::Comm>
+      host;  ///< all ranks, CPU tensors: control, and all traffic of a CPU run
   std::unique_ptr<dist::Comm> device_comm;  ///< all ranks, CUDA tensors; null on a CPU
   at::Device device = at::kCPU;
   int threads = 1;
@@ -26,7 +27,8 @@ struct World {
 
 /// Finds the ranks and starts what they need. Collective.
 /// @param session  null when no launcher started this process
-World join_world(const dist::Topology& topology, dist::MpiSession* session, const ParallelConfig& config);
+World join_world(const dist::Topology& topology, dist::MpiSession* session,
+                 const ParallelConfig& config);
 
 /// The compute dtype: `auto` is bfloat16 on a GPU, float32 on a CPU.
 at::ScalarType compute_dtype(const std::string& name, at::Device device);

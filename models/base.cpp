@@ -25,7 +25,8 @@ Json to_json(const configs::Node& node) {
   if (node.kind == Kind::kNull) return nullptr;
   if (node.kind == Kind::kScalar) {
     Json value = node.quoted ? Json() : Json::parse(node.text, nullptr, false);
-    return value.is_primitive() && !value.is_null() && !value.is_discarded() ? value : Json(node.text);
+    return value.is_primitive() && !value.is_null() && !value.is_discarded() ? value
+                                                                             : Json(node.text);
   }
   Json out = node.kind == Kind::kList ? Json::array() : Json::object();
   for (const configs::Node& item : node.items) {
@@ -42,7 +43,8 @@ Json read_shape_file(const std::string& path) {
   configs::Problems problems;
   const auto root = configs::parse_yaml(configs::read_file(path), problems);
   problems.throw_if_any(path);
-  GRAFT_CHECK(root && root->kind == configs::Node::Kind::kMap, ExitCode::kData, path, ": not a mapping");
+  GRAFT_CHECK(root && root->kind == configs::Node::Kind::kMap, ExitCode::kData, path,
+              ": not a mapping");
   return to_json(*root);
 }
 
@@ -64,7 +66,8 @@ Json read_gguf(const std::string& path) {
       {"attention_bias", source.find("blk.0.attn_q.bias") != nullptr},
   };
   const io::SourceTensor* table = source.find("token_embd.weight");
-  GRAFT_CHECK(table != nullptr && table->shape.size() == 2, ExitCode::kData, path, ": no token_embd.weight");
+  GRAFT_CHECK(table != nullptr && table->shape.size() == 2, ExitCode::kData, path,
+              ": no token_embd.weight");
   config["vocab_size"] = table->shape[0];
   const auto copy_int = [&](const char* tail, const char* name) {
     if (m.has(key(tail))) config[name] = m.get_int(key(tail));
@@ -72,18 +75,22 @@ Json read_gguf(const std::string& path) {
   copy_int("attention.head_count_kv", "num_key_value_heads");
   copy_int("attention.key_length", "head_dim");
   copy_int("attention.sliding_window", "sliding_window");
-  Json rope = {{"rope_type", "default"},
-               {"rope_theta", m.has(key("rope.freq_base")) ? m.get_float(key("rope.freq_base")) : 10000.0}};
+  Json rope = {
+      {"rope_type", "default"},
+      {"rope_theta", m.has(key("rope.freq_base")) ? m.get_float(key("rope.freq_base")) : 10000.0}};
   if (m.has(key("rope.scaling.type")) && m.get_string(key("rope.scaling.type")) != "none") {
     rope["rope_type"] = m.get_string(key("rope.scaling.type"));
     rope["factor"] = m.get_float(key("rope.scaling.factor"));
     if (m.has(key("rope.scaling.original_context_length"))) {
-      rope["original_max_position_embeddings"] = m.get_int(key("rope.scaling.original_context_length"));
+      rope["original_max_position_embeddings"] =
+          m.get_int(key("rope.scaling.original_context_length"));
     }
   }
-  // Llama 3 scaling is stored as divisors of the frequencies, computed from constants that the file does not hold.
-  GRAFT_CHECK(source.find("rope_freqs.weight") == nullptr, ExitCode::kData, path,
-              ": holds rope_freqs.weight (Llama 3.1 scaling); use the safetensors files of this model");
+  // Llama 3 scaling is stored as divisors of the frequencies, computed from constants that the file
+  // does not hold.
+  GRAFT_CHECK(
+      source.find("rope_freqs.weight") == nullptr, ExitCode::kData, path,
+      ": holds rope_freqs.weight (Llama 3.1 scaling); use the safetensors files of this model");
   config["rope_parameters"] = rope;
   return config;
 }
@@ -100,7 +107,8 @@ class RandomSource : public io::TensorSource {
       }
     } collect(tensors_, model.names());
     for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, collect);
-    std::sort(tensors_.begin(), tensors_.end(), [](const auto& a, const auto& b) { return a.name < b.name; });
+    std::sort(tensors_.begin(), tensors_.end(),
+              [](const auto& a, const auto& b) { return a.name < b.name; });
   }
   const std::vector<io::SourceTensor>& tensors() const override { return tensors_; }
   Tensor read(const std::string& name) override {
@@ -124,11 +132,13 @@ nlohmann::json read_base_config(const std::string& path) {
   namespace fs = std::filesystem;
   if (fs::is_directory(path)) {
     const std::string config = path + "/config.json";
-    GRAFT_CHECK(fs::exists(config), ExitCode::kData, path, ": no config.json; expected a Hugging Face model folder");
+    GRAFT_CHECK(fs::exists(config), ExitCode::kData, path,
+                ": no config.json; expected a Hugging Face model folder");
     return io::read_json_file(config);
   }
   GRAFT_CHECK(fs::exists(path), ExitCode::kUsage, "model.name_or_path: ", path,
-              " does not exist (a Hugging Face folder, a .gguf file, or a shape such as configs/models/tiny_llama.yaml)");
+              " does not exist (a Hugging Face folder, a .gguf file, or a shape such as "
+              "configs/models/tiny_llama.yaml)");
   return path.ends_with(".gguf") ? read_gguf(path) : read_shape_file(path);
 }
 

@@ -1,4 +1,5 @@
-// A base model by name: what its files say it is, the Model for it, and where its weights come from.
+// A base model by name: what its files say it is, the Model for it, and where its weights come
+// from.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace graft::models {
 
-/// What a base's files say, in the field names of Hugging Face's config.json: a folder's config.json, a GGUF file's
-/// metadata, or a shape file (configs/models/X.yaml).
+/// What a base's files say, in the field names of Hugging Face's config.json: a folder's
+/// config.json, a GGUF file's metadata, or a shape file (configs/models/X.yaml).
 /// @throws graft::Error (kData) naming the file
 nlohmann::json read_base_config(const std::string& path);
 
@@ -21,8 +22,8 @@ nlohmann::json read_base_config(const std::string& path);
 /// @throws graft::Error (kData) for a model_type that no family has, with the list
 std::unique_ptr<Model> make_model(const nlohmann::json& config);
 
-/// Weights drawn at random, normal with deviation 0.02, norms one: for benchmarks and tests without files. A pure
-/// function of (seed, name, element).
+/// Weights drawn at random, normal with deviation 0.02, norms one: for benchmarks and tests without
+/// files. A pure function of (seed, name, element).
 std::unique_ptr<io::TensorSource> random_source(Model& model, uint64_t seed);
 
 struct FamilyFacts {

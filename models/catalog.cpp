@@ -7,7 +7,8 @@
 
 namespace graft::models {
 
-#define MODEL(folder, types, summary) std::unique_ptr<Model> make_##folder(const nlohmann::json& config);
+#define MODEL(folder, types, summary) \
+  std::unique_ptr<Model> make_##folder(const nlohmann::json& config);
 #include "models/models.def"
 #undef MODEL
 
@@ -46,8 +47,8 @@ std::unique_ptr<Model> make_model(const nlohmann::json& config) {
       known.push_back(name);
     }
   }
-  throw Error(ExitCode::kData, "model config: model_type '" + type + "' is not supported; known: " +
-                                   configs::join(known, ", "));
+  throw Error(ExitCode::kData, "model config: model_type '" + type +
+                                   "' is not supported; known: " + configs::join(known, ", "));
 }
 
 }  // namespace graft::models

@@ -20,7 +20,8 @@ WeightFormat format_of(const MatchedWeight& item, const LoadOptions& options) {
                                                                    : Kind::kInt8;
     return {kind, kind != Kind::kInt8 && options.double_quantization};
   }
-  // Sixteen bits stay sixteen bits: they convert exactly where they are used. All else takes the compute dtype.
+  // Sixteen bits stay sixteen bits: they convert exactly where they are used. All else takes the
+  // compute dtype.
   if (item.source->dtype == "BF16") return {Kind::kDense, false, at::kBFloat16};
   if (item.source->dtype == "F16") return {Kind::kDense, false, at::kHalf};
   return {Kind::kDense, false, options.compute_dtype};
@@ -56,27 +57,34 @@ std::string hash_of(const Tensor& bytes) {
   return hex;
 }
 
-/// The hash of a matrix that the file holds in 4 bits: of its codes and scales, however it will be stored here.
+/// The hash of a matrix that the file holds in 4 bits: of its codes and scales, however it will be
+/// stored here.
 std::string hash_of(const io::FourBit& m) {
   std::vector<Tensor> parts = {m.codes, m.absmax};
-  if (m.nested()) parts.insert(parts.end(), {m.nested_absmax, m.nested_code, at::full({1}, m.nested_offset)});
+  if (m.nested())
+    parts.insert(parts.end(), {m.nested_absmax, m.nested_code, at::full({1}, m.nested_offset)});
   for (Tensor& part : parts) part = part.contiguous().flatten().view(at::kByte);
   return hash_of(at::cat(parts));
 }
 
 /// The payload of one weight, and the hash of what it came from.
-std::pair<Tensor, std::string> read(const MatchedWeight& item, io::TensorSource& source, int64_t head_dim,
-                                    const LoadOptions& options) {
+std::pair<Tensor, std::string> read(const MatchedWeight& item, io::TensorSource& source,
+                                    int64_t head_dim, const LoadOptions& options) {
   const WeightFormat& format = item.weight->format();
   const auto four_bit = source.read_four_bit(item.source->name);
   std::string hash = four_bit ? hash_of(*four_bit) : "";
-  const bool same_codes = (format.kind == WeightFormat::Kind::kNf4 && item.source->dtype == "nf4") ||
-                          (format.kind == WeightFormat::Kind::kFp4 && item.source->dtype == "fp4");
+  const bool same_codes =
+      (format.kind == WeightFormat::Kind::kNf4 && item.source->dtype == "nf4") ||
+      (format.kind == WeightFormat::Kind::kFp4 && item.source->dtype == "fp4");
   if (four_bit && same_codes && four_bit->nested() == format.nested && !options.prepare_weight) {
-    kernels::FourBitCodes codes{format.kind == WeightFormat::Kind::kNf4 ? kernels::FourBitType::kNf4
-                                                                        : kernels::FourBitType::kFp4,
-                                four_bit->codes, four_bit->absmax, four_bit->nested_absmax,
-                                four_bit->nested_offset, {}};
+    kernels::FourBitCodes codes{format.kind == WeightFormat::Kind::kNf4
+                                    ? kernels::FourBitType::kNf4
+                                    : kernels::FourBitType::kFp4,
+                                four_bit->codes,
+                                four_bit->absmax,
+                                four_bit->nested_absmax,
+                                four_bit->nested_offset,
+                                {}};
     GRAFT_CHECK(!four_bit->nested() || at::equal(four_bit->nested_code, kernels::dynamic_map()),
                 ExitCode::kData, source.describe(), ": ", item.source->name,
                 " has a nested_quant_map that is not bitsandbytes' dynamic map");
@@ -93,8 +101,8 @@ std::pair<Tensor, std::string> read(const MatchedWeight& item, io::TensorSource&
 
 }  // namespace
 
-std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store, io::TensorSource& source,
-                                     const LoadOptions& options) {
+std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store,
+                                     io::TensorSource& source, const LoadOptions& options) {
   const std::vector<MatchedWeight> items = match_weights(model, source);
   lay_out(items, model, store, options);
   int64_t done = 0, total = 0;

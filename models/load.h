@@ -1,6 +1,7 @@
-// Loading a base: which tensors a model needs, who reads which, how they become bytes in the BlockStore.
-// Ranks share the tensors out; a tensor is read and quantised whole by one rank, which sends the shards, so host memory
-// holds the store and, on each rank, one tensor (dense and encoded) at a time.
+// Loading a base: which tensors a model needs, who reads which, how they become bytes in the
+// BlockStore. Ranks share the tensors out; a tensor is read and quantised whole by one rank, which
+// sends the shards, so host memory holds the store and, on each rank, one tensor (dense and
+// encoded) at a time.
 #pragma once
 
 #include <cstdint>
@@ -34,11 +35,13 @@ struct SourceHash {
 /// Lays the model's weights out in the store, reads them and checks that source and model agree.
 /// Collective over the store's ranks.
 /// @return the hashes of the tensors this rank read
-/// @throws graft::Error (kData) with three lists: tensors not known, weights not filled, shapes that differ
-std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store, io::TensorSource& source,
-                                     const LoadOptions& options);
+/// @throws graft::Error (kData) with three lists: tensors not known, weights not filled, shapes
+/// that differ
+std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store,
+                                     io::TensorSource& source, const LoadOptions& options);
 
-/// One hash for a base, whatever the world size or quantiser: over all tensors in the order of their names.
+/// One hash for a base, whatever the world size or quantiser: over all tensors in the order of
+/// their names.
 std::string fingerprint(std::vector<SourceHash> hashes);
 
 }  // namespace graft::models

@@ -1,5 +1,5 @@
-// Model: a list of stages over a carry, written for one device. It knows neither ranks nor methods: its matrices are
-// Weights, its open places are Slots, and models/trunk.h walks the stages.
+// Model: a list of stages over a carry, written for one device. It knows neither ranks nor methods:
+// its matrices are Weights, its open places are Slots, and models/trunk.h walks the stages.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace graft::models {
 
 class NameMap;
 
-/// Shown everything a model is made of, in a fixed order. Names are ours: "block.3.attn.q.weight", "block.3.attn.q".
+/// Shown everything a model is made of, in a fixed order. Names are ours: "block.3.attn.q.weight",
+/// "block.3.attn.q".
 class Visitor {
  public:
   virtual ~Visitor() = default;
@@ -47,7 +48,8 @@ class Model {
   virtual int num_stages() const = 0;
   virtual Carry stage(int i, Carry carry, const Pass& pass) const = 0;
 
-  /// A block is the unit of sharding and gathering. Blocks of one pool share the buffers they are gathered into.
+  /// A block is the unit of sharding and gathering. Blocks of one pool share the buffers they are
+  /// gathered into.
   struct BlockInfo {
     int pool;
   };

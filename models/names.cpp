@@ -10,14 +10,16 @@ namespace {
 constexpr std::string_view kLayer = "{i}";
 constexpr std::string_view kWeight = ".weight";
 
-/// The layer number that makes `pattern` equal to `name`; "" if the pattern has none; nothing if they differ.
+/// The layer number that makes `pattern` equal to `name`; "" if the pattern has none; nothing if
+/// they differ.
 std::optional<std::string> match(std::string_view pattern, std::string_view name) {
   const size_t at = pattern.find(kLayer);
   if (at == std::string_view::npos) {
     return pattern == name ? std::optional<std::string>("") : std::nullopt;
   }
   const std::string_view head = pattern.substr(0, at), tail = pattern.substr(at + kLayer.size());
-  if (!name.starts_with(head) || !name.ends_with(tail) || name.size() <= head.size() + tail.size()) {
+  if (!name.starts_with(head) || !name.ends_with(tail) ||
+      name.size() <= head.size() + tail.size()) {
     return std::nullopt;
   }
   const std::string_view number = name.substr(head.size(), name.size() - head.size() - tail.size());
@@ -48,7 +50,8 @@ std::optional<NameMap::Found> NameMap::to_hf(std::string_view ours) const {
 
 std::optional<NameMap::Found> NameMap::to_gguf(std::string_view ours) const {
   for (const NameRow& row : rows_) {
-    if (const auto layer = match(row.ours, ours)) return Found{fill(row.gguf, *layer), row.from_gguf};
+    if (const auto layer = match(row.ours, ours))
+      return Found{fill(row.gguf, *layer), row.from_gguf};
   }
   return std::nullopt;
 }

@@ -1,5 +1,5 @@
-// NameMap: one table a family that says what our weights are called elsewhere. It loads, exports, and gives adapters
-// their Hugging Face keys; there is no name logic beside it.
+// NameMap: one table a family that says what our weights are called elsewhere. It loads, exports,
+// and gives adapters their Hugging Face keys; there is no name logic beside it.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,8 @@ namespace graft::models {
 /// What happens to a tensor between a file and us. A closed set, each invertible.
 enum class Transform {
   kIdentity,
-  kPermuteRopeQ,  ///< llama-arch GGUF keeps adjacent rotary pairs: rows are put back in halves, by query heads
+  kPermuteRopeQ,  ///< llama-arch GGUF keeps adjacent rotary pairs: rows are put back in halves, by
+                  ///< query heads
   kPermuteRopeK,  ///< the same by key heads
 };
 
@@ -28,7 +29,8 @@ struct NameRow {
 class NameMap {
  public:
   /// @param rows   the table
-  /// @param drops  Hugging Face names that are known and not needed, as suffixes (".rotary_emb.inv_freq")
+  /// @param drops  Hugging Face names that are known and not needed, as suffixes
+  /// (".rotary_emb.inv_freq")
   NameMap(std::vector<NameRow> rows, std::vector<std::string_view> drops)
       : rows_(std::move(rows)), drops_(std::move(drops)) {}
 

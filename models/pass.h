@@ -1,5 +1,6 @@
-// What travels through a model: the Carry from stage to stage, the Sequence that says how tokens relate, and the
-// Pass that says where a call is. Shape letters: B rows, L positions, D width, H heads, K head width.
+// What travels through a model: the Carry from stage to stage, the Sequence that says how tokens
+// relate, and the Pass that says where a call is. Shape letters: B rows, L positions, D width, H
+// heads, K head width.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +21,8 @@ struct Document {
   int64_t row, begin, end;
 };
 
-/// How the positions of a lane relate. Immutable once made; adapters that add positions make a new one.
+/// How the positions of a lane relate. Immutable once made; adapters that add positions make a new
+/// one.
 struct Sequence {
   std::vector<Document> documents;  ///< in row order; a position outside all of them is padding
   bool whole_rows = false;          ///< every row is one document from end to end
@@ -50,13 +52,14 @@ struct KvCache {
   int64_t length = 0;  ///< positions held; a pass appends behind them
 };
 
-/// What the last stage returns as h(): the summed loss (scalar), all logits [B, L, V], or those of the last position.
+/// What the last stage returns as h(): the summed loss (scalar), all logits [B, L, V], or those of
+/// the last position.
 enum class Want { kLoss, kLogits, kLastLogits };
 
 /// Where a call is: everything a stage or an adapter may depend on besides its input.
 struct Pass {
   const data::Batch* batch = nullptr;
-  int64_t lane = 0;     ///< number of the micro-batch in the step, over all ranks
+  int64_t lane = 0;  ///< number of the micro-batch in the step, over all ranks
   int stage = 0;
   bool training = false;
   bool adapters = true;  ///< false: the untouched base

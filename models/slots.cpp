@@ -1,4 +1,5 @@
-// How the adapters of one slot nest. Each run() is a recursion from the outermost adapter to the wrapped thing.
+// How the adapters of one slot nest. Each run() is a recursion from the outermost adapter to the
+// wrapped thing.
 #include "models/slots.h"
 
 #include "configs/check.h"
@@ -34,9 +35,8 @@ template <class A, class Argument, class Inner, class Advice>
 auto nest(const Slot<A>& slot, size_t count, const Argument& argument, const Inner& inner,
           const Advice& advice) -> decltype(inner(argument)) {
   if (count == 0) return inner(argument);
-  return advice(*slot.adapters()[count - 1], argument, [&](const Argument& a) {
-    return nest(slot, count - 1, a, inner, advice);
-  });
+  return advice(*slot.adapters()[count - 1], argument,
+                [&](const Argument& a) { return nest(slot, count - 1, a, inner, advice); });
 }
 
 }  // namespace
@@ -45,7 +45,8 @@ Tensor LinearAdapter::merged(const Tensor&) const {
   throw Error(ExitCode::kUsage, "this adapter cannot be merged into a matrix");
 }
 
-Tensor run(const Slot<LinearAdapter>& slot, const LinearOp& base, const Tensor& x, const Pass& pass) {
+Tensor run(const Slot<LinearAdapter>& slot, const LinearOp& base, const Tensor& x,
+           const Pass& pass) {
   return Below(slot, pass.adapters ? slot.adapters().size() : 0, base, pass)(x);
 }
 
@@ -85,11 +86,12 @@ Tensor run(const Slot<TensorAdapter>& slot, Tensor t, const Pass& pass) {
 
 Carry run(const Slot<CarryAdapter>& slot, Carry carry, const CarryAdapter::Stage& stage,
           const Pass& pass) {
-  return nest(slot, pass.adapters ? slot.adapters().size() : 0, carry,
-              [&](const Carry& c) { return stage(c); },
-              [&](CarryAdapter& a, const Carry& c, const CarryAdapter::Stage& inner) {
-                return a.forward(c, inner, pass);
-              });
+  return nest(
+      slot, pass.adapters ? slot.adapters().size() : 0, carry,
+      [&](const Carry& c) { return stage(c); },
+      [&](CarryAdapter& a, const Carry& c, const CarryAdapter::Stage& inner) {
+        return a.forward(c, inner, pass);
+      });
 }
 
 }  // namespace graft::models

@@ -1,7 +1,8 @@
-// The seam between models and methods: seven kinds of slot. A slot is around advice: an adapter gets the input, the
-// thing it wraps and the Pass, and returns the output, so additive, multiplicative, inserted and replacing methods
-// share one signature and stacking two methods is nesting: the last one attached is the outermost.
-// Models hold Slots and know no method; methods (peft/) derive adapters and know no model.
+// The seam between models and methods: seven kinds of slot. A slot is around advice: an adapter
+// gets the input, the thing it wraps and the Pass, and returns the output, so additive,
+// multiplicative, inserted and replacing methods share one signature and stacking two methods is
+// nesting: the last one attached is the outermost. Models hold Slots and know no method; methods
+// (peft/) derive adapters and know no model.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -73,7 +74,8 @@ class AttentionAdapter : public torch::nn::Module {
                          const Pass& pass) = 0;
 };
 
-/// Placed before the first block and before each: input, block.input. Must be pure: recompute calls it again.
+/// Placed before the first block and before each: input, block.input. Must be pure: recompute calls
+/// it again.
 class SequenceAdapter : public torch::nn::Module {
  public:
   virtual Carry edit(Carry carry, const Pass& pass) = 0;
@@ -99,7 +101,8 @@ class LossAdapter : public torch::nn::Module {
 };
 
 /// Runs `base` through the adapters of a slot, innermost first.
-Tensor run(const Slot<LinearAdapter>& slot, const LinearOp& base, const Tensor& x, const Pass& pass);
+Tensor run(const Slot<LinearAdapter>& slot, const LinearOp& base, const Tensor& x,
+           const Pass& pass);
 Tensor run(const Slot<SublayerAdapter>& slot, const Tensor& h_BLD,
            const SublayerAdapter::Sublayer& sublayer, const Pass& pass);
 Tensor run(const Slot<AttentionAdapter>& slot, const Tensor& q, const Tensor& k, const Tensor& v,

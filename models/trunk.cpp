@@ -8,16 +8,20 @@
 namespace graft::models {
 namespace {
 
-/// The same values as new leaves of a graph. Integer tensors and the lowest stage's input need no gradient.
+/// The same values as new leaves of a graph. Integer tensors and the lowest stage's input need no
+/// gradient.
 Carry leaf(const Carry& carry, bool needs_grad) {
   Carry out = carry;
-  for (Tensor& t : out.tensors) t = t.detach().set_requires_grad(needs_grad && t.is_floating_point());
+  for (Tensor& t : out.tensors)
+    t = t.detach().set_requires_grad(needs_grad && t.is_floating_point());
   return out;
 }
 
-/// The gradients of one stage alone: returns those of its parameters; `inputs` become their own gradients.
-std::vector<Tensor> pull(const std::vector<Tensor>& outputs, const std::vector<Tensor>& output_grads,
-                         std::vector<Tensor>& inputs, const std::vector<Tensor>& parameters) {
+/// The gradients of one stage alone: returns those of its parameters; `inputs` become their own
+/// gradients.
+std::vector<Tensor> pull(const std::vector<Tensor>& outputs,
+                         const std::vector<Tensor>& output_grads, std::vector<Tensor>& inputs,
+                         const std::vector<Tensor>& parameters) {
   std::vector<Tensor> roots, root_grads, leaves = inputs;
   for (size_t t = 0; t < outputs.size(); ++t) {
     if (!outputs[t].requires_grad() || !output_grads[t].defined()) continue;
@@ -35,7 +39,8 @@ std::vector<Tensor> pull(const std::vector<Tensor>& outputs, const std::vector<T
 
 }  // namespace
 
-/// The blocks of one stage, pinned; the next stage's are fetched meanwhile. Dense copies made under the pin die with it.
+/// The blocks of one stage, pinned; the next stage's are fetched meanwhile. Dense copies made under
+/// the pin die with it.
 class Trunk::StagePin {
  public:
   enum class Share { kNo, kAcrossUses };
@@ -71,8 +76,8 @@ struct Trunk::Trail {
     Carry input;   ///< leaves
     Carry output;  ///< with its graph; empty when the stage will be run again
   };
-  Carry top;                ///< the newest output
-  std::vector<Step> steps;  ///< of the stages from the lowest trained one on
+  Carry top;                 ///< the newest output
+  std::vector<Step> steps;   ///< of the stages from the lowest trained one on
   std::vector<Tensor> grad;  ///< of the newest step's output
 };
 
@@ -124,7 +129,8 @@ void Trunk::down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink&
                  const TrunkOptions& options) {
   const int last = model_.num_stages() - 1;
   const bool recompute = options.recompute == Recompute::kOn;
-  const auto share = recompute || lanes.size() > 1 ? StagePin::Share::kAcrossUses : StagePin::Share::kNo;
+  const auto share =
+      recompute || lanes.size() > 1 ? StagePin::Share::kAcrossUses : StagePin::Share::kNo;
   for (int i = last; i >= options.lowest_trained; --i) {
     const StagePin pin(*this, i, i > options.lowest_trained ? i - 1 : -1, share);
     for (size_t l = 0; l < lanes.size(); ++l) {

@@ -1,6 +1,7 @@
-// Trunk: the explicit loop over stages, stages outside and lanes inside, so that one gather of a block serves every
-// micro-batch of a sweep, up and down. No autograd graph crosses a stage; the only place that pins blocks.
-// The schedule is known on paper as layered gradient accumulation (arXiv:2106.02679).
+// Trunk: the explicit loop over stages, stages outside and lanes inside, so that one gather of a
+// block serves every micro-batch of a sweep, up and down. No autograd graph crosses a stage; the
+// only place that pins blocks. The schedule is known on paper as layered gradient accumulation
+// (arXiv:2106.02679).
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@
 
 namespace graft::models {
 
-/// Where the trunk hands over each stage's gradients of each lane. Lanes come in increasing order within a stage.
+/// Where the trunk hands over each stage's gradients of each lane. Lanes come in increasing order
+/// within a stage.
 class GradientSink {
  public:
   virtual ~GradientSink() = default;
@@ -33,9 +35,9 @@ enum class Recompute {
 
 struct TrunkOptions {
   Recompute recompute = Recompute::kOff;
-  bool training = true;      ///< dropout and its like
-  kernels::Key random{};     ///< of (seed, step); each lane derives its own
-  int lowest_trained = 0;    ///< nothing is computed or gathered below it on the way down
+  bool training = true;    ///< dropout and its like
+  kernels::Key random{};   ///< of (seed, step); each lane derives its own
+  int lowest_trained = 0;  ///< nothing is computed or gathered below it on the way down
 };
 
 class Trunk {
@@ -43,12 +45,14 @@ class Trunk {
   /// Both outlive the trunk.
   Trunk(Model& model, dist::BlockStore& store);
 
-  /// Forward and backward of all lanes: each lane's loss_sum is set, its gradients go to the sink. Lanes without a
-  /// token compute nothing but take part in every gather.
+  /// Forward and backward of all lanes: each lane's loss_sum is set, its gradients go to the sink.
+  /// Lanes without a token compute nothing but take part in every gather.
   void sweep(std::span<Lane> lanes, GradientSink& sink, const TrunkOptions& options);
 
-  /// Forward only. @return the last stage's output for each lane; undefined for a lane without tokens.
-  /// @param pass  everything but lane, stage and batch, which the trunk fills in; a cache serves one lane only
+  /// Forward only. @return the last stage's output for each lane; undefined for a lane without
+  /// tokens.
+  /// @param pass  everything but lane, stage and batch, which the trunk fills in; a cache serves
+  /// one lane only
   std::vector<Tensor> forward(std::span<const Lane> lanes, const Pass& pass);
 
  private:
@@ -61,7 +65,8 @@ class Trunk {
 
   Model& model_;
   dist::BlockStore& store_;
-  std::vector<std::vector<Weight*>> weights_;  ///< of each block, to end the life of their dense copies
+  std::vector<std::vector<Weight*>>
+      weights_;  ///< of each block, to end the life of their dense copies
 };
 
 }  // namespace graft::models

@@ -12,7 +12,8 @@ namespace {
 
 using Kind = WeightFormat::Kind;
 
-constexpr int64_t kAlignment = 64;  // of the parts of a payload: a cache line, and more than any dtype needs
+constexpr int64_t kAlignment =
+    64;  // of the parts of a payload: a cache line, and more than any dtype needs
 constexpr int64_t kBlock = 64, kNestedBlock = 256;
 
 int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -30,10 +31,14 @@ void put(const Tensor& payload, int64_t at, const Tensor& part) {
 
 std::string WeightFormat::name() const {
   switch (kind) {
-    case Kind::kNf4: return nested ? "nf4 (double quantised)" : "nf4";
-    case Kind::kFp4: return nested ? "fp4 (double quantised)" : "fp4";
-    case Kind::kInt8: return "int8";
-    case Kind::kDense: return c10::toString(dtype);
+    case Kind::kNf4:
+      return nested ? "nf4 (double quantised)" : "nf4";
+    case Kind::kFp4:
+      return nested ? "fp4 (double quantised)" : "fp4";
+    case Kind::kInt8:
+      return "int8";
+    case Kind::kDense:
+      return c10::toString(dtype);
   }
   return "unknown";
 }
@@ -55,7 +60,8 @@ Weight::Parts Weight::parts() const {
     return {scales, end, end, end};
   }
   const int64_t blocks = ceil_div(n, kBlock), scales = align(ceil_div(n, 2));
-  if (!format_.nested) return {scales, scales + blocks * 4, scales + blocks * 4, scales + blocks * 4};
+  if (!format_.nested)
+    return {scales, scales + blocks * 4, scales + blocks * 4, scales + blocks * 4};
   const int64_t nested = align(scales + blocks);
   const int64_t offset = nested + ceil_div(blocks, kNestedBlock) * 4;
   return {scales, nested, offset, offset + 4};
@@ -76,7 +82,8 @@ void Weight::place(dist::BlockStore& store, int block, int64_t offset) {
 
 Tensor Weight::encode(const Tensor& dense) const {
   if (is_four_bit(format_.kind)) {
-    const auto type = format_.kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
+    const auto type =
+        format_.kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
     const auto scales = format_.nested ? kernels::Scales::kNested : kernels::Scales::kPlain;
     const Tensor w = dense.scalar_type() == at::kHalf ? dense.to(at::kFloat) : dense;
     return encode(kernels::quantize(w.contiguous(), type, scales));
@@ -92,13 +99,15 @@ Tensor Weight::encode(const Tensor& dense) const {
 }
 
 Tensor Weight::encode(const kernels::FourBitCodes& q) const {
-  GRAFT_ASSERT(is_four_bit(format_.kind) && q.nested_absmax.defined() == format_.nested, format_.name());
+  GRAFT_ASSERT(is_four_bit(format_.kind) && q.nested_absmax.defined() == format_.nested,
+               format_.name());
   const Parts at_bytes = parts();
   const Tensor payload = at::zeros({payload_bytes_}, at::kByte);
   put(payload, 0, q.codes), put(payload, at_bytes.scales, q.absmax);
   if (format_.nested) {
     put(payload, at_bytes.nested, q.nested_absmax);
-    std::memcpy(payload.mutable_data_ptr<uint8_t>() + at_bytes.offset, &q.nested_offset, sizeof(float));
+    std::memcpy(payload.mutable_data_ptr<uint8_t>() + at_bytes.offset, &q.nested_offset,
+                sizeof(float));
   }
   return payload;
 }
@@ -132,9 +141,12 @@ Tensor Weight::rebuild() const {
     return stored.to(compute_dtype_, /*non_blocking=*/false, /*copy=*/use_ == WeightUse::kVector);
   }
   const Parts at_bytes = parts();
-  const Tensor out = at::empty(shape_, at::TensorOptions().dtype(compute_dtype_).device(bytes(0, 0).device()));
+  const Tensor out =
+      at::empty(shape_, at::TensorOptions().dtype(compute_dtype_).device(bytes(0, 0).device()));
   if (format_.kind == Kind::kInt8) {
-    kernels::dequantize_int8({bytes(0, numel()).view(at::kChar).view(shape_), bytes(at_bytes.scales, at_bytes.end)}, out);
+    kernels::dequantize_int8(
+        {bytes(0, numel()).view(at::kChar).view(shape_), bytes(at_bytes.scales, at_bytes.end)},
+        out);
     return out;
   }
   kernels::FourBitCodes q;
@@ -143,8 +155,10 @@ Tensor Weight::rebuild() const {
   if (format_.nested) {
     q.absmax = bytes(at_bytes.scales, at_bytes.scales + ceil_div(numel(), kBlock));
     q.nested_absmax = bytes(at_bytes.nested, at_bytes.offset);
-    // A number the host needs: read once, when the block is first there, so later sweeps do not wait for the device.
-    if (!nested_offset_) nested_offset_ = bytes(at_bytes.offset, at_bytes.end).view(at::kFloat).item<float>();
+    // A number the host needs: read once, when the block is first there, so later sweeps do not
+    // wait for the device.
+    if (!nested_offset_)
+      nested_offset_ = bytes(at_bytes.offset, at_bytes.end).view(at::kFloat).item<float>();
     q.nested_offset = *nested_offset_;
   } else {
     q.absmax = bytes(at_bytes.scales, at_bytes.end);

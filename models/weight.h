@@ -1,6 +1,7 @@
-// Weight: a frozen matrix or vector behind one handle, whatever its storage: dense, 4-bit or 8-bit, local or sharded.
-// The bytes live in a BlockStore; dense() rebuilds the tensor from the pinned block each time it is asked, so neither
-// autograd nor a model ever holds a dense copy for longer than the block's pin.
+// Weight: a frozen matrix or vector behind one handle, whatever its storage: dense, 4-bit or 8-bit,
+// local or sharded. The bytes live in a BlockStore; dense() rebuilds the tensor from the pinned
+// block each time it is asked, so neither autograd nor a model ever holds a dense copy for longer
+// than the block's pin.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,7 +29,7 @@ enum class WeightUse {
 struct WeightFormat {
   enum class Kind { kDense, kNf4, kFp4, kInt8 };
   Kind kind = Kind::kDense;
-  bool nested = false;                            ///< 4-bit: absmax itself in 8 bits (double quantisation)
+  bool nested = false;  ///< 4-bit: absmax itself in 8 bits (double quantisation)
   at::ScalarType dtype = at::ScalarType::Float;  ///< dense only
 
   std::string name() const;
@@ -47,7 +48,8 @@ class Weight {
   /// The tensor in the compute dtype, on the store's device. The block must be pinned.
   /// A matrix may be a view into the gather buffer: use it now, never save it for backward.
   Tensor dense() const;
-  /// Rows `ids` [...] of a dense table [V, D] -> [..., D] in the compute dtype, without touching the others.
+  /// Rows `ids` [...] of a dense table [V, D] -> [..., D] in the compute dtype, without touching
+  /// the others.
   Tensor rows(const Tensor& ids) const;
   /// Between keep() and drop() dense() makes its copy once: all lanes of a pin share it.
   void keep() const { kept_ = true; }
@@ -61,13 +63,16 @@ class Weight {
   int block() const { return block_; }
   int64_t offset() const { return offset_; }
   int64_t payload_bytes() const { return payload_bytes_; }
-  /// The bytes of a dense tensor in this weight's format, uint8 [payload_bytes()], on the CPU: quantises.
+  /// The bytes of a dense tensor in this weight's format, uint8 [payload_bytes()], on the CPU:
+  /// quantises.
   Tensor encode(const Tensor& dense) const;
-  /// The same of a matrix that is 4-bit already, in this very format: its codes are kept as they are.
+  /// The same of a matrix that is 4-bit already, in this very format: its codes are kept as they
+  /// are.
   Tensor encode(const kernels::FourBitCodes& codes) const;
 
  private:
-  /// Where the parts of a payload begin: codes, scales, second-level scales, second-level offset, end.
+  /// Where the parts of a payload begin: codes, scales, second-level scales, second-level offset,
+  /// end.
   struct Parts {
     int64_t scales, nested, offset, end;
   };

@@ -6,7 +6,8 @@
 
 namespace graft::peft {
 
-#define METHOD(name, group, paper, summary) void register_##name(MethodRegistry& registry, const MethodFacts& facts);
+#define METHOD(name, group, paper, summary) \
+  void register_##name(MethodRegistry& registry, const MethodFacts& facts);
 #include "peft/methods.def"
 #undef METHOD
 

@@ -9,7 +9,8 @@ void attach_linear(AttachContext& context, const LinearSite& site,
                    const std::vector<Leaf>& leaves) {
   site.slot->push(adapter);
   for (const auto& parameter : adapter->named_parameters()) {
-    Param param{context.prefix + site.name + "." + parameter.key(), "", parameter.value(), site.stage};
+    Param param{context.prefix + site.name + "." + parameter.key(), "", parameter.value(),
+                site.stage};
     for (const auto& [ours, hf] : leaves) {
       if (ours == parameter.key()) {
         param.hf_key = "base_model.model." + site.hf_path + "." + std::string(hf);

@@ -1,7 +1,9 @@
-// LinearMethod: "one adapter class on every matched linear". A method file then holds its config and its adapter.
+// LinearMethod: "one adapter class on every matched linear". A method file then holds its config
+// and its adapter.
 //
 //   Config:   void fields(Fields&); Targets targets;
-//   Adapter:  derives from LinearAdapter; Adapter(config, site, random, device); registers its parameters;
+//   Adapter:  derives from LinearAdapter; Adapter(config, site, random, device); registers its
+//   parameters;
 //             static peft leaf names: {"lora_a", "lora_A.weight"}
 #pragma once
 
@@ -35,9 +37,10 @@ class LinearMethod : public Method {
   void attach(AttachContext& context) override {
     sites_ = config_.targets.resolve(context.slots);
     for (const LinearSite* site : sites_) {
-      attach_linear(context, *site,
-                    std::make_shared<Adapter>(config_, *site, site_key(context, *site), context.device),
-                    Adapter::leaves());
+      attach_linear(
+          context, *site,
+          std::make_shared<Adapter>(config_, *site, site_key(context, *site), context.device),
+          Adapter::leaves());
     }
   }
 

@@ -1,6 +1,6 @@
-// Method: one PEFT method. It looks at a model's slots, attaches adapters, and may act at points of a step. Only
-// fields() and attach() are required. A method never calls a collective: every rank makes the same calls with the same
-// numbers. peft/README.md shows how to add one.
+// Method: one PEFT method. It looks at a model's slots, attaches adapters, and may act at points of
+// a step. Only fields() and attach() are required. A method never calls a collective: every rank
+// makes the same calls with the same numbers. peft/README.md shows how to add one.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
@@ -25,21 +25,24 @@ struct AttachContext {
   const SlotMap& slots;
   const models::ModelInfo& info;
   ParamSet& params;
-  kernels::Key random;  ///< for initial values: a pure function of (seed, slot, leaf), the same on every rank
+  kernels::Key random;  ///< for initial values: a pure function of (seed, slot, leaf), the same on
+                        ///< every rank
   at::Device device;
-  std::string prefix;   ///< of parameter names: the method's place in the list
+  std::string prefix;  ///< of parameter names: the method's place in the list
 };
 
-/// The base's weights after loading, dense, one at a time. Collective: every rank asks for the same ones in order.
+/// The base's weights after loading, dense, one at a time. Collective: every rank asks for the same
+/// ones in order.
 class BaseWeights {
  public:
   virtual ~BaseWeights() = default;
-  virtual Tensor weight(const LinearSite& site) = 0;  ///< a copy, float32 [out, in]; embedding [V, D]
-  virtual Tensor bias(const LinearSite& site) = 0;    ///< a copy, float32 [out]
+  virtual Tensor weight(
+      const LinearSite& site) = 0;                  ///< a copy, float32 [out, in]; embedding [V, D]
+  virtual Tensor bias(const LinearSite& site) = 0;  ///< a copy, float32 [out]
 };
 
 struct StepInfo {
-  int64_t step = 0;       ///< of the run, from 0
+  int64_t step = 0;  ///< of the run, from 0
   int64_t max_steps = 0;
 };
 
@@ -60,8 +63,8 @@ class Method {
 
   /// PEFT's name of the method ("LORA"); empty where PEFT has none.
   virtual std::string peft_type() const { return ""; }
-  /// The method's own entries of adapter_config.json, and back. Reading refuses entries that change the mathematics
-  /// and are not known here.
+  /// The method's own entries of adapter_config.json, and back. Reading refuses entries that change
+  /// the mathematics and are not known here.
   virtual nlohmann::json to_peft_config(const SlotMap& slots) const;
   virtual void from_peft_config(const nlohmann::json& config);
 };
@@ -83,8 +86,8 @@ const std::vector<MethodFacts>& method_facts();
 /// One entry of the `peft:` list of a run.
 struct MethodEntry {
   std::string name;
-  std::shared_ptr<Method> method;         ///< null when init_from alone says what it is
-  std::optional<std::string> init_from;   ///< a PEFT directory to start from
+  std::shared_ptr<Method> method;        ///< null when init_from alone says what it is
+  std::optional<std::string> init_from;  ///< a PEFT directory to start from
 
   void fields(configs::Fields& f);
 };

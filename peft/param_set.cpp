@@ -9,7 +9,8 @@
 namespace graft::peft {
 
 void ParamSet::add(Param param) {
-  for (const Param& p : params_) GRAFT_ASSERT(p.name != param.name, "two parameters named ", p.name);
+  for (const Param& p : params_)
+    GRAFT_ASSERT(p.name != param.name, "two parameters named ", p.name);
   GRAFT_ASSERT(param.value.scalar_type() == at::kFloat && param.value.is_leaf(), param.name);
   param.value.set_requires_grad(true);
   params_.push_back(std::move(param));

@@ -1,4 +1,5 @@
-// ParamSet: everything trainable, in a fixed order: the order of gradients, of moments and of what is saved.
+// ParamSet: everything trainable, in a fixed order: the order of gradients, of moments and of what
+// is saved.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -15,7 +15,8 @@ namespace {
 constexpr const char* kConfigFile = "adapter_config.json";
 constexpr const char* kWeightsFile = "adapter_model.safetensors";
 
-/// PEFT writes the whole base matrix beside an adapted embedding or head; it is the base's, not the adapter's.
+/// PEFT writes the whole base matrix beside an adapted embedding or head; it is the base's, not the
+/// adapter's.
 bool is_base_copy(std::string_view key) { return key.ends_with(".base_layer.weight"); }
 
 /// What an adapter directory holds for `params`, in their order. Nothing is set.
@@ -34,13 +35,15 @@ std::vector<Tensor> read_values(const std::vector<Param>& params, const std::str
     }
     values.push_back(file.read(key));
     if (values.back().sizes() != param.value.sizes()) {
-      problems.push_back(detail::concat("shape: ", key, " is ", values.back().sizes(), ", expected ", param.value.sizes()));
+      problems.push_back(detail::concat("shape: ", key, " is ", values.back().sizes(),
+                                        ", expected ", param.value.sizes()));
     } else if (!at::isfinite(values.back()).all().item<bool>()) {
       problems.push_back("not finite: " + key);
     }
   }
   for (const auto& entry : file.entries()) {
-    if (!wanted.contains(entry.name) && !is_base_copy(entry.name)) problems.push_back("unknown: " + entry.name);
+    if (!wanted.contains(entry.name) && !is_base_copy(entry.name))
+      problems.push_back("unknown: " + entry.name);
   }
   GRAFT_CHECK(problems.empty(), ExitCode::kData, file.path(), " does not fit this model:\n  ",
               configs::join(problems, "\n  "));
@@ -54,7 +57,8 @@ void set_values(const std::vector<Param>& params, const std::vector<Tensor>& val
 
 bool is_within(const configs::Bound& bound, const configs::Node& value) {
   if (value.kind != configs::Node::Kind::kScalar) {
-    return std::all_of(value.items.begin(), value.items.end(), [&](const auto& item) { return is_within(bound, item); });
+    return std::all_of(value.items.begin(), value.items.end(),
+                       [&](const auto& item) { return is_within(bound, item); });
   }
   if (!bound.choices.empty()) {
     return std::find(bound.choices.begin(), bound.choices.end(), value.text) != bound.choices.end();
@@ -64,7 +68,8 @@ bool is_within(const configs::Bound& bound, const configs::Node& value) {
 
 /// The bounds of a method's fields hold for what a file says too.
 void check_bounds(Method& method, const std::string& path) {
-  for (const auto& field : configs::describe_section([&](configs::Fields& f) { method.fields(f); }).members) {
+  for (const auto& field :
+       configs::describe_section([&](configs::Fields& f) { method.fields(f); }).members) {
     GRAFT_CHECK(is_within(field.bound, field.value), ExitCode::kData, path, ": ", field.name, " = ",
                 configs::to_flow(field.value), ", expected ", field.type_text());
   }
@@ -78,8 +83,8 @@ Peft::Peft(models::Model& model, at::Device device, uint64_t seed)
 void Peft::attach_frozen(const std::string& directory) {
   std::string name;
   Frozen frozen{method_of_directory(directory, name), {}, directory};
-  AttachContext context{slots_, model_.info(), frozen.params, random_, device_,
-                        "frozen" + std::to_string(frozen_.size()) + "."};
+  AttachContext context{slots_,  model_.info(), frozen.params,
+                        random_, device_,       "frozen" + std::to_string(frozen_.size()) + "."};
   frozen.method->attach(context);
   for (const Param& param : frozen.params.all()) param.value.set_requires_grad(false);
   set_values(frozen.params.all(), read_values(frozen.params.all(), directory));
@@ -91,8 +96,8 @@ void Peft::attach(std::vector<MethodEntry>& entries) {
     MethodEntry& entry = entries[i];
     if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
     const size_t first = params_.all().size();
-    AttachContext context{slots_, model_.info(), params_, kernels::derive(random_, i + 1), device_,
-                          std::to_string(i) + "."};
+    AttachContext context{slots_,  model_.info(),          params_, kernels::derive(random_, i + 1),
+                          device_, std::to_string(i) + "."};
     entry.method->attach(context);
     trained_.push_back({entry.name, entry.method, first, params_.all().size() - first,
                         entry.init_from.value_or("")});
@@ -101,12 +106,14 @@ void Peft::attach(std::vector<MethodEntry>& entries) {
 
 void Peft::initialize(BaseWeights& base) {
   for (const Frozen& frozen : frozen_) {
-    frozen.method->initialize(base);  // may take values from the base, so the saved ones are set again
+    frozen.method->initialize(
+        base);  // may take values from the base, so the saved ones are set again
     set_values(frozen.params.all(), read_values(frozen.params.all(), frozen.directory));
   }
   for (const Trained& part : trained_) part.method->initialize(base);
   for (const Trained& part : trained_) {
-    if (!part.init_from.empty()) set_values(params_of(part), read_values(params_of(part), part.init_from));
+    if (!part.init_from.empty())
+      set_values(params_of(part), read_values(params_of(part), part.init_from));
   }
 }
 
@@ -131,7 +138,8 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config["graft"] = {{"method", part.name}, {"base_fingerprint", base.fingerprint}};
   for (size_t i = part.first_param; i < part.first_param + part.num_params; ++i) {
     const Param& param = params_.all()[i];
-    saved.tensors.emplace_back(param.hf_key.empty() ? param.name : param.hf_key, param.value.detach().cpu());
+    saved.tensors.emplace_back(param.hf_key.empty() ? param.name : param.hf_key,
+                               param.value.detach().cpu());
   }
   return saved;
 }
@@ -139,7 +147,8 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
 void Peft::load(const std::string& directory) {
   std::vector<Tensor> values;
   for (size_t i = 0; i < trained_.size(); ++i) {
-    const auto part = read_values(params_of(trained_[i]), part_directory(directory, i, trained_.size()));
+    const auto part =
+        read_values(params_of(trained_[i]), part_directory(directory, i, trained_.size()));
     values.insert(values.end(), part.begin(), part.end());
   }
   set_values(params_.all(), values);
@@ -156,7 +165,8 @@ std::shared_ptr<Method> method_of_directory(const std::string& directory, std::s
               "; expected an adapter folder in PEFT's layout");
   nlohmann::json config = models::io::read_json_file(path);
   GRAFT_CHECK(config.is_object(), ExitCode::kData, path, ": not an object");
-  const std::string type = config.value("peft_type", nlohmann::json()).is_string() ? config["peft_type"] : "";
+  const std::string type =
+      config.value("peft_type", nlohmann::json()).is_string() ? config["peft_type"] : "";
   config.erase("graft");
   std::vector<std::string> known;
   for (const auto& entry : methods().entries()) {
@@ -169,8 +179,8 @@ std::shared_ptr<Method> method_of_directory(const std::string& directory, std::s
     name = entry.name;
     return method;
   }
-  throw Error(ExitCode::kData, path + ": peft_type '" + type + "' is not supported; known: " +
-                                   configs::join(known, ", "));
+  throw Error(ExitCode::kData, path + ": peft_type '" + type +
+                                   "' is not supported; known: " + configs::join(known, ", "));
 }
 
 std::string part_directory(const std::string& directory, size_t index, size_t count) {

@@ -1,5 +1,5 @@
-// Peft: the adapters of a run over one base: those trained, and frozen ones under them. Attaches them in order, lists
-// what is trained, saves and loads directories in HF PEFT's layout.
+// Peft: the adapters of a run over one base: those trained, and frozen ones under them. Attaches
+// them in order, lists what is trained, saves and loads directories in HF PEFT's layout.
 #pragma once
 
 #include <memory>
@@ -43,7 +43,8 @@ class Peft {
   };
   size_t num_trained() const { return trained_.size(); }
   Saved save(size_t index, const BaseFacts& base) const;
-  /// Values of every trained parameter from an adapter directory (or its numbered parts), all or nothing.
+  /// Values of every trained parameter from an adapter directory (or its numbered parts), all or
+  /// nothing.
   void load(const std::string& directory);
 
  private:
@@ -70,10 +71,12 @@ class Peft {
 };
 
 /// Reads adapter_config.json: the method it names, with its fields set.
-/// @throws graft::Error (kData) for a type that no method here has, or values outside of the fields' bounds
+/// @throws graft::Error (kData) for a type that no method here has, or values outside of the
+/// fields' bounds
 std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name);
 
-/// Name of part `index` of `count` inside an adapter directory: "" for a single method, else "0", "1" ...
+/// Name of part `index` of `count` inside an adapter directory: "" for a single method, else "0",
+/// "1" ...
 std::string part_directory(const std::string& directory, size_t index, size_t count);
 
 }  // namespace graft::peft

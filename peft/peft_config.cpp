@@ -8,16 +8,19 @@ void read_names(const nlohmann::json& config, const char* key, configs::StringOr
   if (it == config.end() || it->is_null()) return;
   if (it->is_string()) {
     const auto text = it->get<std::string>();
-    GRAFT_CHECK(text.find_first_of("\\^$|()[]+?") == std::string::npos, ExitCode::kData, "adapter_config.json: ", key,
-                " = '", text, "' is a regular expression; list the modules instead");
+    GRAFT_CHECK(text.find_first_of("\\^$|()[]+?") == std::string::npos, ExitCode::kData,
+                "adapter_config.json: ", key, " = '", text,
+                "' is a regular expression; list the modules instead");
     names = text.c_str();
     return;
   }
-  GRAFT_CHECK(it->is_array(), ExitCode::kData, "adapter_config.json: ", key, " is neither a string nor a list");
+  GRAFT_CHECK(it->is_array(), ExitCode::kData, "adapter_config.json: ", key,
+              " is neither a string nor a list");
   names.values.clear();
   names.is_single = false;
   for (const auto& name : *it) {
-    GRAFT_CHECK(name.is_string(), ExitCode::kData, "adapter_config.json: ", key, " holds ", name.dump());
+    GRAFT_CHECK(name.is_string(), ExitCode::kData, "adapter_config.json: ", key, " holds ",
+                name.dump());
     names.values.push_back(name.get<std::string>());
   }
 }
@@ -25,8 +28,8 @@ void read_names(const nlohmann::json& config, const char* key, configs::StringOr
 }  // namespace
 
 PeftConfigReader::PeftConfigReader(const nlohmann::json& config) : config_(config) {
-  ignore({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-          "auto_mapping"});
+  ignore({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+          "peft_version", "auto_mapping"});
 }
 
 void PeftConfigReader::get_targets(Targets& targets) {
@@ -50,8 +53,8 @@ void PeftConfigReader::refuse_the_rest() const {
   for (const auto& [key, value] : config_.items()) {
     const bool off = value.is_null() || value == false || (value.is_object() && value.empty()) ||
                      (value.is_array() && value.empty());
-    GRAFT_CHECK(off || used_.contains(key), ExitCode::kData, "adapter_config.json: ", key, " = ", value.dump(),
-                " changes what the adapter computes and is not supported");
+    GRAFT_CHECK(off || used_.contains(key), ExitCode::kData, "adapter_config.json: ", key, " = ",
+                value.dump(), " changes what the adapter computes and is not supported");
   }
 }
 

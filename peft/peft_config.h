@@ -1,5 +1,5 @@
-// PeftConfigReader: a foreign adapter_config.json, read entry by entry. What would change the mathematics and was not
-// asked for is refused by name, so nothing is ever silently left out.
+// PeftConfigReader: a foreign adapter_config.json, read entry by entry. What would change the
+// mathematics and was not asked for is refused by name, so nothing is ever silently left out.
 #pragma once
 
 #include <initializer_list>
@@ -28,14 +28,16 @@ class PeftConfigReader {
     try {
       value = it->get<T>();
     } catch (const nlohmann::json::exception&) {
-      throw Error(ExitCode::kData, "adapter_config.json: " + key + " = " + it->dump() + " has the wrong type");
+      throw Error(ExitCode::kData,
+                  "adapter_config.json: " + key + " = " + it->dump() + " has the wrong type");
     }
   }
   /// target_modules, exclude_modules and layers_to_transform. Regular expressions are refused.
   void get_targets(Targets& targets);
   /// Entries without effect on what a saved adapter computes.
   void ignore(std::initializer_list<std::string_view> keys);
-  /// @throws graft::Error (kData) if an entry that was neither read nor ignored holds anything but null, false or {}
+  /// @throws graft::Error (kData) if an entry that was neither read nor ignored holds anything but
+  /// null, false or {}
   void refuse_the_rest() const;
 
  private:

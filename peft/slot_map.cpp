@@ -20,12 +20,24 @@ struct Collect : models::Visitor {
     if (info.name.starts_with(kBlock)) linear.layer = std::atoi(info.name.c_str() + kBlock.size());
     map.linears.push_back(std::move(linear));
   }
-  void slot(const std::string& n, models::Slot<models::SublayerAdapter>& s) override { map.sublayers.push_back(site(n, s)); }
-  void slot(const std::string& n, models::Slot<models::AttentionAdapter>& s) override { map.attentions.push_back(site(n, s)); }
-  void slot(const std::string& n, models::Slot<models::SequenceAdapter>& s) override { map.sequences.push_back(site(n, s)); }
-  void slot(const std::string& n, models::Slot<models::TensorAdapter>& s) override { map.tensors.push_back(site(n, s)); }
-  void slot(const std::string& n, models::Slot<models::CarryAdapter>& s) override { map.carries.push_back(site(n, s)); }
-  void slot(const std::string& n, models::Slot<models::LossAdapter>& s) override { map.losses.push_back(site(n, s)); }
+  void slot(const std::string& n, models::Slot<models::SublayerAdapter>& s) override {
+    map.sublayers.push_back(site(n, s));
+  }
+  void slot(const std::string& n, models::Slot<models::AttentionAdapter>& s) override {
+    map.attentions.push_back(site(n, s));
+  }
+  void slot(const std::string& n, models::Slot<models::SequenceAdapter>& s) override {
+    map.sequences.push_back(site(n, s));
+  }
+  void slot(const std::string& n, models::Slot<models::TensorAdapter>& s) override {
+    map.tensors.push_back(site(n, s));
+  }
+  void slot(const std::string& n, models::Slot<models::CarryAdapter>& s) override {
+    map.carries.push_back(site(n, s));
+  }
+  void slot(const std::string& n, models::Slot<models::LossAdapter>& s) override {
+    map.losses.push_back(site(n, s));
+  }
 };
 
 }  // namespace

@@ -19,9 +19,10 @@ Error unmatched(const std::string& entry, const char* key, const SlotMap& slots)
   for (const LinearSite& site : slots.linears) known.insert({site.role, last_part(site.hf_path)});
   const std::vector<std::string> list(known.begin(), known.end());
   const std::string close = configs::nearest(entry, list);
-  return {ExitCode::kUsage, "peft: " + std::string(key) + " '" + entry + "' matches nothing in this model" +
+  return {ExitCode::kUsage, "peft: " + std::string(key) + " '" + entry +
+                                "' matches nothing in this model" +
                                 (close.empty() ? "" : "; did you mean '" + close + "'?") +
-                                " It has: all-linear, " + configs::join(list, ", ")};
+                                ". It has: all-linear, " + configs::join(list, ", ")};
 }
 
 }  // namespace
@@ -34,8 +35,8 @@ bool is_meant(const std::string& entry, const LinearSite& site) {
   return false;
 }
 
-void check_pattern(const std::vector<std::string>& keys, const std::vector<const LinearSite*>& sites,
-                   const char* field) {
+void check_pattern(const std::vector<std::string>& keys,
+                   const std::vector<const LinearSite*>& sites, const char* field) {
   for (const std::string& key : keys) {
     const bool used = std::any_of(sites.begin(), sites.end(),
                                   [&](const LinearSite* site) { return is_meant(key, *site); });
@@ -44,7 +45,8 @@ void check_pattern(const std::vector<std::string>& keys, const std::vector<const
 }
 
 void Targets::fields(configs::Fields& f) {
-  f("target_modules", modules, "slots to adapt: all-linear, roles (attn.q), Hugging Face suffixes (q_proj), globs");
+  f("target_modules", modules,
+    "slots to adapt: all-linear, roles (attn.q), Hugging Face suffixes (q_proj), globs");
   f("exclude_modules", exclude, "slots to leave out, in the same words");
   f("layers_to_transform", layers, f.at_least(0), "only these layers; empty: all");
 }
@@ -81,7 +83,8 @@ std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots) const {
   for (const int layer : layers) {
     const bool exists = std::any_of(slots.linears.begin(), slots.linears.end(),
                                     [&](const LinearSite& site) { return site.layer == layer; });
-    GRAFT_CHECK(exists, "peft: layers_to_transform: this model has no layer ", layer, "; they count from 0");
+    GRAFT_CHECK(exists, "peft: layers_to_transform: this model has no layer ", layer,
+                "; they count from 0");
   }
   collect(modules, "target_modules", meant);
   collect(exclude, "exclude_modules", excluded);
@@ -91,11 +94,14 @@ std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots) const {
                             std::find(layers.begin(), layers.end(), site.layer) != layers.end();
     if (meant.contains(&site) && !excluded.contains(&site) && layer_fits) sites.push_back(&site);
   }
-  GRAFT_CHECK(!sites.empty(), "peft: target_modules, exclude_modules and layers_to_transform leave no slot to adapt");
+  GRAFT_CHECK(
+      !sites.empty(),
+      "peft: target_modules, exclude_modules and layers_to_transform leave no slot to adapt");
   return sites;
 }
 
-std::vector<std::string> hf_targets(const std::vector<const LinearSite*>& sites, const SlotMap& slots) {
+std::vector<std::string> hf_targets(const std::vector<const LinearSite*>& sites,
+                                    const SlotMap& slots) {
   std::map<std::string, size_t> in_model, meant;
   const auto suffix = [&](const LinearSite& s) { return last_part(s.hf_path); };
   for (const LinearSite& site : slots.linears) ++in_model[suffix(site)];

@@ -12,8 +12,9 @@
 namespace graft::peft {
 
 struct Targets {
-  /// "all-linear" (every linear of the blocks), or any of: a role (attn.q), a slot (block.3.attn.q), a Hugging Face
-  /// suffix (q_proj) or path (model.layers.3.self_attn.q_proj), each with * for any characters.
+  /// "all-linear" (every linear of the blocks), or any of: a role (attn.q), a slot
+  /// (block.3.attn.q), a Hugging Face suffix (q_proj) or path (model.layers.3.self_attn.q_proj),
+  /// each with * for any characters.
   configs::StringOrList modules = {"attn.q", "attn.v"};
   configs::StringOrList exclude = {};
   std::vector<int> layers = {};  ///< only these layers; empty: all
@@ -27,16 +28,18 @@ struct Targets {
 /// True if `text` fits `pattern`, where * stands for any characters.
 bool glob_match(std::string_view pattern, std::string_view text);
 
-/// What to write as PEFT's target_modules so that PEFT matches exactly these slots: suffixes where every slot of that
-/// suffix is meant, whole paths otherwise.
-std::vector<std::string> hf_targets(const std::vector<const LinearSite*>& sites, const SlotMap& slots);
+/// What to write as PEFT's target_modules so that PEFT matches exactly these slots: suffixes where
+/// every slot of that suffix is meant, whole paths otherwise.
+std::vector<std::string> hf_targets(const std::vector<const LinearSite*>& sites,
+                                    const SlotMap& slots);
 
 /// True if an entry of target_modules or of a pattern means this slot.
 bool is_meant(const std::string& entry, const LinearSite& site);
 
-/// Throws for a key that means none of the adapted slots: a pattern that changes nothing is a mistake.
-void check_pattern(const std::vector<std::string>& keys, const std::vector<const LinearSite*>& sites,
-                   const char* field);
+/// Throws for a key that means none of the adapted slots: a pattern that changes nothing is a
+/// mistake.
+void check_pattern(const std::vector<std::string>& keys,
+                   const std::vector<const LinearSite*>& sites, const char* field);
 
 template <class T>
 std::vector<std::string> keys(const std::map<std::string, T>& pattern) {
@@ -45,13 +48,14 @@ std::vector<std::string> keys(const std::map<std::string, T>& pattern) {
   return out;
 }
 
-/// The value that a pattern (rank_pattern, alpha_pattern) gives a slot, else `fallback`. The longest key that means
-/// the slot wins, so a whole path beats a suffix.
+/// The value that a pattern (rank_pattern, alpha_pattern) gives a slot, else `fallback`. The
+/// longest key that means the slot wins, so a whole path beats a suffix.
 template <class T>
 T pattern_value(const std::map<std::string, T>& pattern, const LinearSite& site, T fallback) {
   const std::string* best = nullptr;
   for (const auto& [key, value] : pattern) {
-    if (is_meant(key, site) && (best == nullptr || key.size() > best->size())) best = &key, fallback = value;
+    if (is_meant(key, site) && (best == nullptr || key.size() > best->size()))
+      best = &key, fallback = value;
   }
   return fallback;
 }

@@ -13,9 +13,10 @@ class WholeWeight : public models::LinearAdapter {
  public:
   WholeWeight(const LinearSite& site, at::Device device) : kind_(site.info.kind) {
     const bool embedding = kind_ == models::LinearKind::kEmbedding;
-    weight = register_parameter(
-        "weight", at::zeros({embedding ? site.info.in : site.info.out, embedding ? site.info.out : site.info.in},
-                            at::TensorOptions().dtype(at::kFloat).device(device)));
+    weight = register_parameter("weight",
+                                at::zeros({embedding ? site.info.in : site.info.out,
+                                           embedding ? site.info.out : site.info.in},
+                                          at::TensorOptions().dtype(at::kFloat).device(device)));
   }
   Tensor forward(const Tensor& x, const models::LinearOp&, const models::Pass&) override {
     if (kind_ == models::LinearKind::kEmbedding) return at::embedding(weight, x);
@@ -49,17 +50,21 @@ class WholeBias : public models::LinearAdapter {
 }  // namespace
 
 void WholeTensors::fields(configs::Fields& f) {
-  f("modules_to_save", modules_to_save_, "matrices trained and saved whole, in the words of target_modules");
-  f("bias", bias_, f.one_of({"none", "all", "lora_only"}), "biases trained: of every linear, or of the adapted ones");
+  f("modules_to_save", modules_to_save_,
+    "matrices trained and saved whole, in the words of target_modules");
+  f("bias", bias_, f.one_of({"none", "all", "lora_only"}),
+    "biases trained: of every linear, or of the adapted ones");
 }
 
 void WholeTensors::attach(AttachContext& context, const std::vector<const LinearSite*>& adapted) {
   if (!modules_to_save_.values.empty()) {
     for (const LinearSite* site : Targets{modules_to_save_}.resolve(context.slots)) {
       for (const LinearSite* other : adapted) {
-        GRAFT_CHECK(site != other, "peft: ", site->name, " is both in target_modules and in modules_to_save");
+        GRAFT_CHECK(site != other, "peft: ", site->name,
+                    " is both in target_modules and in modules_to_save");
       }
-      GRAFT_CHECK(!site->info.has_bias, "peft: modules_to_save: ", site->name, " has a bias, which is not supported");
+      GRAFT_CHECK(!site->info.has_bias, "peft: modules_to_save: ", site->name,
+                  " has a bias, which is not supported");
       weights_.push_back({site, std::make_shared<WholeWeight>(*site, context.device)});
       attach_linear(context, *site, weights_.back().adapter, {{"weight", "weight"}});
     }
@@ -67,7 +72,8 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
   const auto train_bias = [&](const LinearSite& site, bool is_adapted) {
     if (!site.info.has_bias) return;
     biases_.push_back({&site, std::make_shared<WholeBias>(site, context.device)});
-    attach_linear(context, site, biases_.back().adapter, {{"bias", is_adapted ? "base_layer.bias" : "bias"}});
+    attach_linear(context, site, biases_.back().adapter,
+                  {{"bias", is_adapted ? "base_layer.bias" : "bias"}});
   };
   if (bias_ == "lora_only") {
     for (const LinearSite* site : adapted) train_bias(*site, true);

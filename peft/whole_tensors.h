@@ -1,5 +1,5 @@
-// WholeTensors: PEFT's `modules_to_save` and `bias`: tensors of the base that are trained whole, beside the adapters.
-// Each is a replicated float32 copy that takes the place of the frozen one.
+// WholeTensors: PEFT's `modules_to_save` and `bias`: tensors of the base that are trained whole,
+// beside the adapters. Each is a replicated float32 copy that takes the place of the frozen one.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>

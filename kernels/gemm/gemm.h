@@ -1,6 +1,7 @@
-// Matrix products of frozen and adapter matrices. On a CPU float32 goes through LibTorch's oneDNN, which uses AVX-512 on
-// every vendor's CPU; LibTorch's own choice is MKL, which falls back to AVX2 where the CPU is not Intel's (one core of an
-// AMD EPYC with AVX-512, 512 x 1536 x 576: 207 against 92 GFLOP/s; tests/bench/ops_bench.cpp). All else is LibTorch's.
+// Matrix products of frozen and adapter matrices. On a CPU float32 goes through LibTorch's oneDNN,
+// which uses AVX-512 on every vendor's CPU; LibTorch's own choice is MKL, which falls back to AVX2
+// where the CPU is not Intel's (one core of an AMD EPYC with AVX-512, 512 x 1536 x 576: 207 against
+// 92 GFLOP/s; tests/bench/ops_bench.cpp). All else is LibTorch's.
 #pragma once
 
 #include <ATen/core/Tensor.h>

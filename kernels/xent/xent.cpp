@@ -119,7 +119,8 @@ XentResult frozen_head_loss(const at::Tensor& hidden, const at::Tensor& weight,
     for (int64_t first = 0; first < rows; first += chunk) {
       const int64_t count = std::min(chunk, rows - first);
       const at::Tensor at_rows = labelled.narrow(0, first, count);
-      const at::Tensor logits = gemm(hidden.index_select(0, at_rows).to(weight.scalar_type()), weight.t());
+      const at::Tensor logits =
+          gemm(hidden.index_select(0, at_rows).to(weight.scalar_type()), weight.t());
       softmax_loss(logits, labels.index_select(0, at_rows), losses.narrow(0, first, count),
                    gradient == Gradient::kCompute ? logits : at::Tensor());
       if (gradient == Gradient::kSkip) continue;

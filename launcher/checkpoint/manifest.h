@@ -1,5 +1,5 @@
-// Manifest: the list of a checkpoint's files with their sizes and hashes. It is written last, so a folder without one
-// is not a checkpoint; verifying it finds every flipped, cut or missing byte.
+// Manifest: the list of a checkpoint's files with their sizes and hashes. It is written last, so a
+// folder without one is not a checkpoint; verifying it finds every flipped, cut or missing byte.
 #pragma once
 
 #include <cstdint>

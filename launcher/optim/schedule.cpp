@@ -19,7 +19,8 @@ double Schedule::operator()(int64_t step) const {
   GRAFT_ASSERT(type == "wsd", type);
   // Warm-up, stable, and a cosine decay over the last tenth of the steps.
   const double decay_steps = std::max(1.0, std::floor(static_cast<double>(max_steps) * 0.1));
-  const double decayed = std::clamp((s - (static_cast<double>(max_steps) - decay_steps)) / decay_steps, 0.0, 1.0);
+  const double decayed =
+      std::clamp((s - (static_cast<double>(max_steps) - decay_steps)) / decay_steps, 0.0, 1.0);
   return peak * 0.5 * (1 + std::cos(std::numbers::pi * decayed));
 }
 

@@ -1,5 +1,5 @@
-// Learning-rate schedules as pure functions of the step, so resume has no schedule state. The rules and numbers are
-// transformers' (optimization.py, 5.17).
+// Learning-rate schedules as pure functions of the step, so resume has no schedule state. The rules
+// and numbers are transformers' (optimization.py, 5.17).
 #pragma once
 
 #include <cstdint>

@@ -8,6 +8,7 @@
 #include "configs/log.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/evaluate.h"
+#include "launcher/facts.h"
 #include "launcher/verbs/verbs.h"
 
 namespace graft::launcher {
@@ -31,16 +32,13 @@ void choose_adapter(const Arguments& arguments, Run& run, std::string& said) {
     return;
   }
   if (directory.empty()) {
-    said = run.peft.empty() ? "the base" : "the config's start (" + trained + " does not exist yet)";
+    said =
+        run.peft.empty() ? "the base" : "the config's start (" + trained + " does not exist yet)";
     return;
   }
-  const size_t num_frozen = run.model.adapters.values.size();
   run.peft.clear();
-  for (size_t part = 0; std::filesystem::exists(directory + "/" + std::to_string(part)); ++part) {
-    run.model.adapters.values.push_back(directory + "/" + std::to_string(part));
-  }
-  if (std::filesystem::exists(directory + "/adapter_config.json")) run.model.adapters.values.push_back(directory);
-  GRAFT_CHECK(run.model.adapters.values.size() > num_frozen, directory, ": no adapter here (adapter_config.json is missing)");
+  for (const std::string& part : adapter_parts(directory))
+    run.model.adapters.values.push_back(part);
   said = "adapter " + directory;
 }
 
@@ -65,7 +63,8 @@ int eval(const Arguments& arguments, const dist::Topology& topology, dist::MpiSe
     std::printf("%s\n", record.dump().c_str());
   } else {
     std::printf("loss %.4f   (%lld target tokens in %lld documents, %s)\n", result.loss,
-                static_cast<long long>(result.targets), static_cast<long long>(result.documents), what.c_str());
+                static_cast<long long>(result.targets), static_cast<long long>(result.documents),
+                what.c_str());
   }
   return 0;
 }
@@ -76,13 +75,16 @@ void add_eval(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("eval", "Held-out loss of the base, an adapter or a run");
   auto arguments = std::make_shared<Arguments>();
   add_run_arguments(*verb, arguments->run);
-  auto* adapter = verb->add_option("--adapter", arguments->adapter,
-                                   "adapter folder; default: output_dir/adapter, else the config's own start");
+  auto* adapter =
+      verb->add_option("--adapter", arguments->adapter,
+                       "adapter folder; default: output_dir/adapter, else the config's own start");
   verb->add_flag("--base", arguments->base, "the base without any adapter")->excludes(adapter);
-  verb->add_option("--logits", arguments->logits, "also write the logits of each eval row (safetensors, float32)");
+  verb->add_option("--logits", arguments->logits,
+                   "also write the logits of each eval row (safetensors, float32)");
   verb->add_flag("--json", arguments->json, "one JSON object on standard output");
-  verb->footer("Examples:\n  graft eval configs/runs/quickstart.yaml\n"
-               "  mpirun -np 2 graft eval run.yaml --adapter runs/quickstart/adapter --json");
+  verb->footer(
+      "Examples:\n  graft eval configs/runs/quickstart.yaml\n"
+      "  mpirun -np 2 graft eval run.yaml --adapter runs/quickstart/adapter --json");
   verb->callback([arguments, &command] {
     command.run_on_ranks = [arguments](const dist::Topology& topology, dist::MpiSession* session) {
       return eval(*arguments, topology, session);

@@ -7,6 +7,7 @@
 
 #include "configs/check.h"
 #include "launcher/checkpoint/manifest.h"
+#include "launcher/facts.h"
 #include "launcher/generate.h"
 #include "launcher/tokenizer_pipe.h"
 #include "launcher/verbs/verbs.h"
@@ -28,15 +29,20 @@ Run run_of(const Arguments& arguments) {
     run = configs::load_config<Run>(arguments.run_dir + "/config.yaml");
     run.peft.clear();
     const std::string adapter = arguments.run_dir + "/adapter";
-    GRAFT_CHECK(std::filesystem::exists(adapter), arguments.run_dir, ": no adapter yet; the run has not finished");
-    run.model.adapters.values.push_back(adapter);
+    GRAFT_CHECK(std::filesystem::exists(adapter), arguments.run_dir,
+                ": no adapter yet; the run has not finished");
+    for (const std::string& part : adapter_parts(adapter))
+      run.model.adapters.values.push_back(part);
   } else {
     GRAFT_CHECK(!arguments.model.empty(), "generate: name a run's folder, or --model");
     run.model.name_or_path = arguments.model;
     run.model.quantization = arguments.quantization;
     run.model.dtype = arguments.dtype;
   }
-  for (const std::string& adapter : arguments.adapters) run.model.adapters.values.push_back(adapter);
+  for (const std::string& adapter : arguments.adapters) {
+    for (const std::string& part : adapter_parts(adapter))
+      run.model.adapters.values.push_back(part);
+  }
   return run;
 }
 
@@ -52,11 +58,13 @@ std::vector<std::string> prompts_of(const Arguments& arguments) {
   for (std::string line; std::getline(in, line);) {
     if (!line.empty()) prompts.push_back(line);
   }
-  GRAFT_CHECK(!prompts.empty(), ExitCode::kData, arguments.prompts, ": holds no prompt (one a line)");
+  GRAFT_CHECK(!prompts.empty(), ExitCode::kData, arguments.prompts,
+              ": holds no prompt (one a line)");
   return prompts;
 }
 
-/// Prints text as it grows. A character may need several tokens: what ends in the replacement mark waits for more.
+/// Prints text as it grows. A character may need several tokens: what ends in the replacement mark
+/// waits for more.
 class Stream {
  public:
   Stream(TokenizerPipe& tokenizer, bool visible) : tokenizer_(tokenizer), visible_(visible) {}
@@ -64,7 +72,8 @@ class Stream {
     ids_.push_back(token);
     const std::string text = tokenizer_.decode(ids_);
     if (text.ends_with("\xEF\xBF\xBD")) return;
-    if (visible_) std::printf("%s", text.substr(std::min(shown_, text.size())).c_str()), std::fflush(stdout);
+    if (visible_)
+      std::printf("%s", text.substr(std::min(shown_, text.size())).c_str()), std::fflush(stdout);
     shown_ = text.size();
   }
 
@@ -75,7 +84,8 @@ class Stream {
   size_t shown_ = 0;
 };
 
-int generate_text(const Arguments& arguments, const dist::Topology& topology, dist::MpiSession* session) {
+int generate_text(const Arguments& arguments, const dist::Topology& topology,
+                  dist::MpiSession* session) {
   const auto prompts = prompts_of(arguments);
   Run run = run_of(arguments);
   World world = join_world(topology, session, run.parallel);
@@ -87,7 +97,11 @@ int generate_text(const Arguments& arguments, const dist::Topology& topology, di
   for (const std::string& prompt : prompts) {
     Stream stream(tokenizer, arguments.output.empty() && world.rank() == 0);
     const auto ids = generate(bench, tokenizer.render(prompt), options, std::ref(stream));
-    lines += nlohmann::ordered_json{{"prompt", prompt}, {"text", tokenizer.decode(ids)}, {"tokens", ids.size()}}.dump() + "\n";
+    lines +=
+        nlohmann::ordered_json{
+            {"prompt", prompt}, {"text", tokenizer.decode(ids)}, {"tokens", ids.size()}}
+            .dump() +
+        "\n";
   }
   if (world.rank() != 0) return 0;
   if (arguments.output.empty()) {
@@ -103,22 +117,32 @@ int generate_text(const Arguments& arguments, const dist::Topology& topology, di
 void add_generate(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("generate", "Text from a base with adapters");
   auto arguments = std::make_shared<Arguments>();
-  auto* run = verb->add_option("RUN_DIR", arguments->run_dir, "a finished run: its base, settings and adapter");
+  auto* run = verb->add_option("RUN_DIR", arguments->run_dir,
+                               "a finished run: its base, settings and adapter");
   verb->add_option("--model", arguments->model, "Hugging Face folder or GGUF file")->excludes(run);
   verb->add_option("--adapter", arguments->adapters, "adapter folder; may be given more than once");
-  verb->add_option("--prompt", arguments->prompt, "a user's message; goes through the model's chat template");
+  verb->add_option("--prompt", arguments->prompt,
+                   "a user's message; goes through the model's chat template");
   verb->add_option("--prompts", arguments->prompts, "a file with a prompt a line");
-  verb->add_option("--output", arguments->output, "where to write JSON lines instead of the terminal");
-  verb->add_option("--max-new-tokens", arguments->options.max_new_tokens)->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  verb->add_option("--output", arguments->output,
+                   "where to write JSON lines instead of the terminal");
+  verb->add_option("--max-new-tokens", arguments->options.max_new_tokens)
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   verb->add_option("--temperature", arguments->options.temperature, "0: always the likeliest token")
-      ->check(CLI::Range(0.0, 100.0))->capture_default_str();
+      ->check(CLI::Range(0.0, 100.0))
+      ->capture_default_str();
   verb->add_option("--seed", arguments->options.seed)->capture_default_str();
   verb->add_option("--quantization", arguments->quantization, "of the base")
-      ->check(CLI::IsMember({"none", "nf4", "fp4", "int8"}))->capture_default_str();
+      ->check(CLI::IsMember({"none", "nf4", "fp4", "int8"}))
+      ->capture_default_str();
   verb->add_option("--dtype", arguments->dtype, "compute type")
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))->capture_default_str();
-  verb->footer("Examples:\n  graft generate --model models/smollm2-135m-instruct.gguf --prompt 'What is gravity?'\n"
-               "  graft generate runs/quickstart --prompt 'def sorted(iterable)' --max-new-tokens 40");
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
+      ->capture_default_str();
+  verb->footer(
+      "Examples:\n  graft generate --model models/smollm2-135m-instruct.gguf --prompt 'What is "
+      "gravity?'\n"
+      "  graft generate runs/quickstart --prompt 'def sorted(iterable)' --max-new-tokens 40");
   verb->callback([arguments, &command] {
     command.run_on_ranks = [arguments](const dist::Topology& topology, dist::MpiSession* session) {
       return generate_text(*arguments, topology, session);

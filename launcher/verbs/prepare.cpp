@@ -1,4 +1,5 @@
-// graft prepare: hands over to data/prepare/prepare.py, the Python edge, with the same arguments and exit code.
+// graft prepare: hands over to data/prepare/prepare.py, the Python edge, with the same arguments
+// and exit code.
 #include <unistd.h>
 
 #include <cerrno>
@@ -18,13 +19,15 @@ int prepare(std::vector<std::string> arguments) {
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
   execvp(interpreter.c_str(), argv.data());
-  throw Error(ExitCode::kUsage, interpreter + ": " + std::strerror(errno) + "; run cluster/install.sh");
+  throw Error(ExitCode::kUsage,
+              interpreter + ": " + std::strerror(errno) + "; run cluster/install.sh");
 }
 
 }  // namespace
 
 void add_prepare(CLI::App& app, Command& command) {
-  auto* verb = app.add_subcommand("prepare", "Raw text, chat or classification data to HDF5 shards");
+  auto* verb =
+      app.add_subcommand("prepare", "Raw text, chat or classification data to HDF5 shards");
   verb->prefix_command();  // everything after the verb is prepare.py's, --help too
   verb->set_help_flag();
   verb->callback([verb, &command] { command.run = [verb] { return prepare(verb->remaining()); }; });

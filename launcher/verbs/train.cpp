@@ -6,6 +6,7 @@
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "data/loader.h"
 #include "launcher/checkpoint/checkpoint.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/evaluate.h"
@@ -30,19 +31,32 @@ struct Arguments {
   std::string resume = "auto";
 };
 
-/// Where to go on, after --resume.
-std::optional<std::string> checkpoint_to_resume(const std::string& resume, const std::string& output_dir, World& world) {
-  if (resume != "auto" && resume != "never") return resume;
+/// Where to go on, after --resume. A checkpoint that newer ones of the same folder follow is
+/// refused: two histories in one folder cannot be told apart later.
+std::optional<std::string> checkpoint_to_resume(const std::string& resume,
+                                                const std::string& output_dir, World& world) {
   const auto newest = find_checkpoint(output_dir, world);
-  GRAFT_CHECK(resume == "auto" || !newest, "--resume never: ", output_dir, " holds a run already (", *newest,
-              "). Use --resume auto to continue it, another checkpoint.output_dir, or remove the folder.");
-  return newest;
+  if (resume == "auto") return newest;
+  GRAFT_CHECK(
+      resume != "never" || !newest, "--resume never: ", output_dir, " holds a run already (",
+      newest.value_or(""),
+      "). Use --resume auto to continue it, another checkpoint.output_dir, or remove the folder.");
+  if (resume == "never") return std::nullopt;
+  namespace fs = std::filesystem;
+  GRAFT_CHECK(fs::exists(resume), "--resume: ", resume, " does not exist");
+  GRAFT_CHECK(!newest || fs::equivalent(resume, *newest), "--resume ", resume, ": ", output_dir,
+              " goes on to ", newest.value_or(""),
+              "; to branch off, choose another checkpoint.output_dir");
+  return resume;
 }
 
 class TrainLoop {
  public:
   TrainLoop(Workbench& bench, Trainer& trainer, const Run& run)
-      : bench_(bench), trainer_(trainer), run_(run), metrics_(run.checkpoint.output_dir, trainer.state().step, bench) {}
+      : bench_(bench),
+        trainer_(trainer),
+        run_(run),
+        metrics_(run.checkpoint.output_dir, trainer.state().step, bench) {}
 
   /// @return false if the run was asked to stop before its end
   bool run() {
@@ -53,7 +67,9 @@ class TrainLoop {
       if (run_.eval.eval_steps > 0 && step % run_.eval.eval_steps == 0) eval_loss = measure();
       metrics_.step(result, trainer_, eval_loss, run_.log.logging_steps);
       const bool last = step == trainer_.max_steps();
-      if (last || result.stop_requested || (run_.checkpoint.save_steps > 0 && step % run_.checkpoint.save_steps == 0)) save();
+      if (last || result.stop_requested ||
+          (run_.checkpoint.save_steps > 0 && step % run_.checkpoint.save_steps == 0))
+        save();
       if (result.stop_requested && !last) return false;
     }
     metrics_.finish();
@@ -86,13 +102,16 @@ class TrainLoop {
 
 int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiSession* session) {
   auto run = configs::load_config<Run>(arguments.run.config, arguments.run.overrides);
-  GRAFT_CHECK(!run.data.train.values.empty(), arguments.run.config, ": data.train names no shards to train on");
+  GRAFT_CHECK(!run.data.train.values.empty(), arguments.run.config,
+              ": data.train names no shards to train on");
   World world = join_world(topology, session, run.parallel);
   const std::string output_dir = run.checkpoint.output_dir;
   const OutputDirectory output(output_dir, world);
   dist::agree(*world.host, true);
   log::init({world.rank(), world.size(), log_file(output_dir, world.rank()), false});
   const auto checkpoint = checkpoint_to_resume(arguments.resume, output_dir, world);
+  const data::Corpus early_look(
+      run.data.train.values);  // a missing shard is better met before the model is loaded
 
   Workbench bench = build_workbench(world, run);
   GRAFT_CHECK(bench.adapters->params().numel() > 0, "peft: nothing to train");
@@ -102,7 +121,9 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
     load_checkpoint(*checkpoint, bench, trainer, run);
     log::info("resumed from " + *checkpoint);
     if (trainer.state().step >= trainer.max_steps()) {
-      log::info("this run has finished already: nothing is left to train; a larger train.max_steps goes on");
+      log::info(
+          "this run has finished already: nothing is left to train; a larger train.max_steps goes "
+          "on");
     }
   }
   if (world.rank() == 0) {
@@ -113,9 +134,11 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   watch_signals();
   const bool finished = TrainLoop(bench, trainer, run).run();
   GRAFT_CHECK(bench.store->hash() == base_hash, ExitCode::kNumerics,
-              "the frozen base changed during the run: its adapter must not be trusted (a bug, or broken memory)");
+              "the frozen base changed during the run: its adapter must not be trusted (a bug, or "
+              "broken memory)");
   if (!finished) {
-    log::info("stopped at step " + std::to_string(trainer.state().step) + " as asked; run the same command to continue");
+    log::info("stopped at step " + std::to_string(trainer.state().step) +
+              " as asked; run the same command to continue");
     return static_cast<int>(ExitCode::kPreempted);
   }
   if (run.eval.load_best_model_at_end && trainer.state().best_step >= 0) {
@@ -132,10 +155,12 @@ void add_train(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("train", "Train adapters on a frozen base");
   auto arguments = std::make_shared<Arguments>();
   add_run_arguments(*verb, arguments->run);
-  verb->add_option("--resume", arguments->resume, "auto: the newest good checkpoint | never | a checkpoint's path")
+  verb->add_option("--resume", arguments->resume,
+                   "auto: the newest good checkpoint | never | a checkpoint's path")
       ->capture_default_str();
-  verb->footer("Examples:\n  mpirun -np 2 graft train configs/runs/quickstart.yaml\n"
-               "  graft train run.yaml train.learning_rate=1e-4 checkpoint.output_dir=runs/second");
+  verb->footer(
+      "Examples:\n  mpirun -np 2 graft train configs/runs/quickstart.yaml\n"
+      "  graft train run.yaml train.learning_rate=1e-4 checkpoint.output_dir=runs/second");
   verb->callback([arguments, &command] {
     command.run_on_ranks = [arguments](const dist::Topology& topology, dist::MpiSession* session) {
       return train(*arguments, topology, session);

@@ -18,7 +18,8 @@ struct Arguments {
   bool schema_only = false, print_schema = false;
 };
 
-/// What can be known without reading weights: shards open, the model's shape is known, targets match slots.
+/// What can be known without reading weights: shards open, the model's shape is known, targets
+/// match slots.
 void check_files(Run& run) {
   for (const auto* files : {&run.data.train, &run.data.eval}) {
     if (!files->values.empty()) data::Corpus corpus(files->values);
@@ -54,10 +55,13 @@ void add_validate(CLI::App& app, Command& command) {
   verb->add_option("CONFIG", arguments->run.config, "run file (YAML)");
   verb->add_option("OVERRIDES", arguments->run.overrides, "section.key=value ...");
   verb->add_flag("--schema-only", arguments->schema_only, "do not look for files");
-  verb->add_flag("--print-schema", arguments->print_schema, "write the JSON schema of run files, for editors");
-  verb->footer("Examples:\n  graft validate configs/runs/quickstart.yaml\n"
-               "  graft validate run.yaml train.learning_rate=1e-4 --schema-only");
-  verb->callback([arguments, &command] { command.run = [arguments] { return validate(*arguments); }; });
+  verb->add_flag("--print-schema", arguments->print_schema,
+                 "write the JSON schema of run files, for editors");
+  verb->footer(
+      "Examples:\n  graft validate configs/runs/quickstart.yaml\n"
+      "  graft validate run.yaml train.learning_rate=1e-4 --schema-only");
+  verb->callback(
+      [arguments, &command] { command.run = [arguments] { return validate(*arguments); }; });
 }
 
 }  // namespace graft::launcher

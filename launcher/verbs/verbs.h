@@ -1,4 +1,5 @@
-// The verbs of the command line: one file a verb, each with one function that declares its arguments and what it does.
+// The verbs of the command line: one file a verb, each with one function that declares its
+// arguments and what it does.
 #pragma once
 
 #include <CLI/CLI.hpp>

@@ -22,12 +22,14 @@ T get(const Json& object, const char* name, T fallback) {
                     : std::is_same_v<T, double> ? value->is_number()
                     : std::is_integral_v<T>     ? value->is_number_integer()
                                                 : value->is_string();
-  GRAFT_CHECK(fits, ExitCode::kData, "model config: ", name, " = ", value->dump(), " has the wrong type");
+  GRAFT_CHECK(fits, ExitCode::kData, "model config: ", name, " = ", value->dump(),
+              " has the wrong type");
   return value->get<T>();
 }
 
 int64_t size(const Json& config, const char* name, int64_t fallback = 0) {
-  constexpr int64_t kMost = int64_t{1} << 24;  // wider than any model; products of three stay in 64 bits
+  constexpr int64_t kMost = int64_t{1}
+                            << 24;  // wider than any model; products of three stay in 64 bits
   const auto value = get<int64_t>(config, name, fallback);
   GRAFT_CHECK(value > 0 && value <= kMost, ExitCode::kData, "model config: ", name, " = ", value,
               ", expected 1 to ", kMost);
@@ -46,7 +48,8 @@ std::vector<double> numbers(const Json& object, const char* name) {
   return out;
 }
 
-/// transformers 5 has one dict, rope_parameters; 4 has rope_theta and rope_scaling with `rope_type` or `type`.
+/// transformers 5 has one dict, rope_parameters; 4 has rope_theta and rope_scaling with `rope_type`
+/// or `type`.
 RopeConfig read_rope(const Json& config) {
   const Json* nested = field(config, "rope_parameters");
   if (nested == nullptr) nested = field(config, "rope_scaling");
@@ -73,12 +76,14 @@ RopeConfig read_rope(const Json& config) {
   return rope;
 }
 
-/// Window of each layer. Mistral: all. Qwen: off unless use_sliding_window, then from max_window_layers on.
+/// Window of each layer. Mistral: all. Qwen: off unless use_sliding_window, then from
+/// max_window_layers on.
 std::vector<int64_t> read_windows(const Json& config, const LlamaConfig& c) {
   std::vector<int64_t> windows(static_cast<size_t>(c.num_hidden_layers), 0);
   const auto width = get<int64_t>(config, "sliding_window", 0);
   const bool qwen = c.model_type.starts_with("qwen");
-  if (width == 0 || c.model_type == "llama" || (qwen && !get(config, "use_sliding_window", false))) {
+  if (width == 0 || c.model_type == "llama" ||
+      (qwen && !get(config, "use_sliding_window", false))) {
     return windows;
   }
   const Json* types = field(config, "layer_types");
@@ -105,12 +110,13 @@ LlamaConfig LlamaConfig::from_json(const Json& config) {
   c.intermediate_size = size(config, "intermediate_size");
   c.vocab_size = size(config, "vocab_size");
   c.max_position_embeddings = size(config, "max_position_embeddings", 2048);
-  GRAFT_CHECK(c.num_hidden_layers <= 10000, ExitCode::kData, "model config: num_hidden_layers = ",
-              c.num_hidden_layers);
+  GRAFT_CHECK(c.num_hidden_layers <= 10000, ExitCode::kData,
+              "model config: num_hidden_layers = ", c.num_hidden_layers);
   GRAFT_CHECK(c.num_attention_heads % c.num_key_value_heads == 0, ExitCode::kData,
               "model config: num_attention_heads = ", c.num_attention_heads,
               " is not a multiple of num_key_value_heads = ", c.num_key_value_heads);
-  GRAFT_CHECK(c.head_dim % 2 == 0, ExitCode::kData, "model config: head_dim = ", c.head_dim, " is odd");
+  GRAFT_CHECK(c.head_dim % 2 == 0, ExitCode::kData, "model config: head_dim = ", c.head_dim,
+              " is odd");
   const auto act = get<std::string>(config, "hidden_act", "silu");
   GRAFT_CHECK(act == "silu" || act == "swish", ExitCode::kData, "model config: hidden_act = ", act,
               ", this family has silu");

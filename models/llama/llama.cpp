@@ -36,7 +36,8 @@ void visit(Visitor& visitor, Linear& linear) {
 
 }  // namespace
 
-// --- the block --------------------------------------------------------------------------------------------------
+// --- the block
+// --------------------------------------------------------------------------------------------------
 
 LlamaAttention::LlamaAttention(const LlamaConfig& c, int layer)
     : q(slot_name(layer, "attn.q"), c.hidden_size, c.num_attention_heads * c.head_dim, c.qkv_bias),
@@ -85,7 +86,8 @@ LlamaBlock::LlamaBlock(const LlamaConfig& c, int layer_number)
       attn(c, layer_number),
       mlp(c, layer_number) {}
 
-Tensor LlamaBlock::operator()(const Tensor& h_BLD, const Sequence& sequence, const Pass& pass) const {
+Tensor LlamaBlock::operator()(const Tensor& h_BLD, const Sequence& sequence,
+                              const Pass& pass) const {
   const auto attention = [&](const Tensor& x) { return attn(x, sequence, layer, pass); };
   const auto feed_forward = [&](const Tensor& x) { return mlp(x, pass); };
   const Tensor a = h_BLD + run(attn_out, attn_norm(h_BLD, pass), attention, pass);
@@ -122,7 +124,8 @@ void LlamaBlock::visit_slots(Visitor& visitor) {
   }
 }
 
-// --- the model --------------------------------------------------------------------------------------------------
+// --- the model
+// --------------------------------------------------------------------------------------------------
 
 Llama::Llama(LlamaConfig config)
     : config_(std::move(config)),
@@ -137,10 +140,13 @@ Carry Llama::stage(int i, Carry carry, const Pass& pass) const {
   if (i == 0) return embed(pass);
   if (i == num_stages() - 1) return head(carry, pass);
   const LlamaBlock& block = blocks_[static_cast<size_t>(i) - 1];
-  return run(block.around, run(block.input, std::move(carry), pass), [&](const Carry& c) {
-    const auto whole = [&](const Tensor& h) { return block(h, *c.sequence, pass); };
-    return c.with(run(block.out, run(block.whole, c.h(), whole, pass), pass));
-  }, pass);
+  return run(
+      block.around, run(block.input, std::move(carry), pass),
+      [&](const Carry& c) {
+        const auto whole = [&](const Tensor& h) { return block(h, *c.sequence, pass); };
+        return c.with(run(block.out, run(block.whole, c.h(), whole, pass), pass));
+      },
+      pass);
 }
 
 Carry Llama::embed(const Pass& pass) const {
@@ -148,15 +154,16 @@ Carry Llama::embed(const Pass& pass) const {
   Sequence sequence = make_sequence(batch);
   std::tie(sequence.cos_BLK, sequence.sin_BLK) = rope_tables(
       config_.rope, config_.head_dim, config_.max_position_embeddings, batch.positions_BL);
-  Carry carry{{embed_(batch.tokens_BL, pass)}, std::make_shared<const Sequence>(std::move(sequence))};
+  Carry carry{{embed_(batch.tokens_BL, pass)},
+              std::make_shared<const Sequence>(std::move(sequence))};
   return run(input_, std::move(carry), pass);
 }
 
 Carry Llama::head(const Carry& carry, const Pass& pass) const {
   Tensor hidden_BLD = final_norm_(carry.h(), pass);
   if (pass.want == Want::kLoss) return carry.with(loss(hidden_BLD, carry, pass));
-  hidden_BLD = hidden_BLD.slice(1, pass.want == Want::kLastLogits ? hidden_BLD.size(1) - 1
-                                                                  : carry.sequence->label_offset);
+  hidden_BLD = hidden_BLD.slice(
+      1, pass.want == Want::kLastLogits ? hidden_BLD.size(1) - 1 : carry.sequence->label_offset);
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
   const FrozenLinearOp base(table, head_.bias);
   return carry.with(run(logits_, run(head_.slot, base, hidden_BLD, pass), pass));
@@ -174,8 +181,8 @@ Tensor Llama::loss(const Tensor& hidden_BLD, const Carry& carry, const Pass& pas
   } else {
     const Tensor rows = labels_N.ge(0).nonzero().squeeze(1);
     const FrozenLinearOp base(table, head_.bias);
-    const Tensor logits_NV = run(
-        logits_, run(head_.slot, base, hidden_ND.index_select(0, rows), pass), pass);
+    const Tensor logits_NV =
+        run(logits_, run(head_.slot, base, hidden_ND.index_select(0, rows), pass), pass);
     sum = kernels::cross_entropy(logits_NV, labels_N.index_select(0, rows));
   }
   if (pass.adapters) {
@@ -184,12 +191,13 @@ Tensor Llama::loss(const Tensor& hidden_BLD, const Carry& carry, const Pass& pas
   return sum;
 }
 
-// --- blocks, names, facts ---------------------------------------------------------------------------------------
+// --- blocks, names, facts
+// ---------------------------------------------------------------------------------------
 
 int Llama::num_blocks() const { return num_stages() + (head_.weight.defined() ? 1 : 0); }
 
-/// Blocks: 0 the embedding, 1..N the layers, N+1 the final norm, N+2 an untied head. The embedding and the head share
-/// one buffer: a tied table is then gathered once for both.
+/// Blocks: 0 the embedding, 1..N the layers, N+1 the final norm, N+2 an untied head. The embedding
+/// and the head share one buffer: a tied table is then gathered once for both.
 Model::BlockInfo Llama::block(int block) const {
   const int layers = static_cast<int>(blocks_.size());
   if (block >= 1 && block <= layers) return {0};
@@ -244,9 +252,10 @@ ModelInfo Llama::info() const {
   info.vocab_size = c.vocab_size;
   info.max_length = c.max_position_embeddings;
   info.tied_head = c.tie_word_embeddings;
-  const int64_t attention = c.num_attention_heads * c.head_dim, keys = c.num_key_value_heads * c.head_dim;
-  info.block_macs = c.num_hidden_layers * c.hidden_size *
-                    (2 * attention + 2 * keys + 3 * c.intermediate_size);
+  const int64_t attention = c.num_attention_heads * c.head_dim,
+                keys = c.num_key_value_heads * c.head_dim;
+  info.block_macs =
+      c.num_hidden_layers * c.hidden_size * (2 * attention + 2 * keys + 3 * c.intermediate_size);
   info.head_macs = c.hidden_size * c.vocab_size;
   info.attention_macs = c.num_hidden_layers * 2 * attention;
   return info;

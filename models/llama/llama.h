@@ -1,5 +1,5 @@
-// The Llama family: Llama 2/3/3.x, Mistral, Qwen2.5, Qwen3, SmolLM2. One pre-norm decoder; variants are data.
-// Shape letters: B rows, L positions, D width, H query heads, K head width.
+// The Llama family: Llama 2/3/3.x, Mistral, Qwen2.5, Qwen3, SmolLM2. One pre-norm decoder; variants
+// are data. Shape letters: B rows, L positions, D width, H query heads, K head width.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
@@ -41,7 +41,8 @@ struct LlamaAttention {
   bool qk_norm;
 
   LlamaAttention(const LlamaConfig& config, int layer);
-  Tensor operator()(const Tensor& x_BLD, const Sequence& sequence, int layer, const Pass& pass) const;
+  Tensor operator()(const Tensor& x_BLD, const Sequence& sequence, int layer,
+                    const Pass& pass) const;
 };
 
 struct LlamaMlp {

@@ -32,7 +32,8 @@ Tensor one_document(const Tensor& q, const Tensor& k, const Tensor& v, int64_t w
   return at::scaled_dot_product_attention(q, k, v, visible);
 }
 
-/// Each document by itself: no work is spent between documents. split and unbind have cheap gradients (cat, stack).
+/// Each document by itself: no work is spent between documents. split and unbind have cheap
+/// gradients (cat, stack).
 Tensor by_document(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence& sequence,
                    int64_t window) {
   const auto q_rows = q.unbind(0), k_rows = k.unbind(0), v_rows = v.unbind(0);
@@ -56,30 +57,34 @@ Tensor by_document(const Tensor& q, const Tensor& k, const Tensor& v, const Sequ
                vs = v_rows[i].split_with_sizes(sizes, 1);
     std::vector<Tensor> parts;
     for (size_t s = 0; s < sizes.size(); ++s) {
-      parts.push_back(real[s] ? one_document(qs[s].unsqueeze(0), ks[s].unsqueeze(0),
-                                             vs[s].unsqueeze(0), window)
-                                    .squeeze(0)
-                              : at::zeros_like(qs[s]));
+      parts.push_back(
+          real[s] ? one_document(qs[s].unsqueeze(0), ks[s].unsqueeze(0), vs[s].unsqueeze(0), window)
+                        .squeeze(0)
+                  : at::zeros_like(qs[s]));
     }
     rows.push_back(parts.size() == 1 ? parts.front() : at::cat(parts, 1));
   }
   return at::stack(rows);
 }
 
-/// One call for all documents: queries see keys of the same number, not younger, not outside the window.
+/// One call for all documents: queries see keys of the same number, not younger, not outside the
+/// window.
 Tensor by_mask(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence& sequence,
                int64_t window) {
   const int64_t length = q.size(2);
   Tensor number = at::full({q.size(0), length}, -1, at::kLong);
   for (size_t d = 0; d < sequence.documents.size(); ++d) {
     const Document& document = sequence.documents[d];
-    number.select(0, document.row).slice(0, document.begin, document.end).fill_(static_cast<int64_t>(d));
+    number.select(0, document.row)
+        .slice(0, document.begin, document.end)
+        .fill_(static_cast<int64_t>(d));
   }
   const Tensor at_length = at::arange(length, at::kLong);
   const Tensor distance = at_length.unsqueeze(1) - at_length.unsqueeze(0);
   Tensor visible = number.unsqueeze(2).eq(number.unsqueeze(1)).logical_and(distance.ge(0));
   if (window > 0) visible = visible.logical_and(distance.lt(window));
-  visible = visible.logical_or(at::eye(length).to(at::kBool));  // padding sees itself: no empty softmax
+  visible =
+      visible.logical_or(at::eye(length).to(at::kBool));  // padding sees itself: no empty softmax
   const Tensor real = number.ge(0).to(q.device()).unsqueeze(1).unsqueeze(3);
   return at::scaled_dot_product_attention(q, k, v, visible.unsqueeze(1).to(q.device())) * real;
 }

@@ -1,4 +1,5 @@
-// Causal attention over packed documents: softmax(q k^T / sqrt(K)) v where a position sees its own document only.
+// Causal attention over packed documents: softmax(q k^T / sqrt(K)) v where a position sees its own
+// document only.
 #pragma once
 
 #include "models/pass.h"
@@ -6,7 +7,8 @@
 namespace graft::models {
 
 /// @param q_BHLK  queries
-/// @param k, v    [B, heads, L', K]; `heads` divides H and each is used H / heads times (grouped queries)
+/// @param k, v    [B, heads, L', K]; `heads` divides H and each is used H / heads times (grouped
+/// queries)
 /// @param window  a query sees the newest `window` keys; 0: all
 /// @return        [B, H, L, K]; zero at padding
 /// With L' > L (a key/value cache) the queries are the last L positions of one unpadded document.

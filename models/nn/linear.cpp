@@ -9,8 +9,8 @@ namespace graft::models {
 namespace {
 
 struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Weight* weight,
-                        const Weight* bias) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                        const Weight* weight, const Weight* bias) {
     ctx->saved_data["weight"] = reinterpret_cast<int64_t>(weight);
     const Tensor y = kernels::gemm_linear(x, weight->dense());
     return bias->defined() ? y + bias->dense() : y;

@@ -1,5 +1,5 @@
-// Linear and Embedding: a frozen matrix with a slot. The base product saves the weight's handle, not the matrix, and
-// asks again in backward, so a dequantised copy never outlives its block's pin.
+// Linear and Embedding: a frozen matrix with a slot. The base product saves the weight's handle,
+// not the matrix, and asks again in backward, so a dequantised copy never outlives its block's pin.
 #pragma once
 
 #include "models/slots.h"
@@ -15,7 +15,8 @@ struct Linear {
   Slot<LinearAdapter> slot;
 
   Linear() = default;
-  Linear(std::string name, int64_t in, int64_t out, bool has_bias, WeightUse use = WeightUse::kMatrix);
+  Linear(std::string name, int64_t in, int64_t out, bool has_bias,
+         WeightUse use = WeightUse::kMatrix);
   Tensor operator()(const Tensor& x, const Pass& pass) const;
 };
 
@@ -33,7 +34,8 @@ struct Embedding {
 /// x W^T + b with W frozen: gradient to x only, W rebuilt in backward. `bias` may be undefined.
 Tensor frozen_linear(const Tensor& x, const Weight& weight, const Weight& bias);
 
-/// The matrix of a Linear as adapters see it; also used for a head that shares the embedding's table.
+/// The matrix of a Linear as adapters see it; also used for a head that shares the embedding's
+/// table.
 class FrozenLinearOp : public LinearOp {
  public:
   FrozenLinearOp(const Weight& weight, const Weight& bias) : weight_(weight), bias_(bias) {}

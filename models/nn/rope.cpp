@@ -27,19 +27,21 @@ void scale_llama3(const RopeConfig& c, double original, std::vector<float>& f) {
     const double wavelength = 2 * std::numbers::pi / x;
     if (wavelength < high_wavelength) continue;
     const double scaled = x / c.factor;
-    const double smooth = (original / wavelength - c.low_freq_factor) /
-                          (c.high_freq_factor - c.low_freq_factor);
+    const double smooth =
+        (original / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor);
     x = static_cast<float>(wavelength > low_wavelength ? scaled
                                                        : (1 - smooth) * scaled + smooth * x);
   }
 }
 
-double yarn_mscale(double scale, double m) { return scale <= 1 ? 1 : 0.1 * m * std::log(scale) + 1; }
+double yarn_mscale(double scale, double m) {
+  return scale <= 1 ? 1 : 0.1 * m * std::log(scale) + 1;
+}
 
 float scale_yarn(const RopeConfig& c, int64_t head_dim, double original, std::vector<float>& f) {
   const auto dimension = [&](double rotations) {
-    return static_cast<double>(head_dim) *
-           std::log(original / (rotations * 2 * std::numbers::pi)) / (2 * std::log(c.theta));
+    return static_cast<double>(head_dim) * std::log(original / (rotations * 2 * std::numbers::pi)) /
+           (2 * std::log(c.theta));
   };
   double low = dimension(c.beta_fast), high = dimension(c.beta_slow);
   if (c.truncate) low = std::floor(low), high = std::ceil(high);
@@ -100,8 +102,8 @@ std::pair<std::vector<float>, float> inverse_frequencies(const RopeConfig& c, in
   return {f, factor};
 }
 
-std::pair<Tensor, Tensor> rope_tables(const RopeConfig& config, int64_t head_dim, int64_t max_length,
-                                      const Tensor& positions_BL) {
+std::pair<Tensor, Tensor> rope_tables(const RopeConfig& config, int64_t head_dim,
+                                      int64_t max_length, const Tensor& positions_BL) {
   // Only two rules look at the length; the others must not pay for a look at device memory.
   const bool needs_length = config.type == "dynamic" || config.type == "longrope";
   const int64_t length = needs_length ? positions_BL.max().item<int64_t>() + 1 : 0;

@@ -75,7 +75,7 @@ def test_all_mistakes_are_told_in_one_pass(tmp_path):
 @pytest.mark.parametrize("override, code, said", [
     ("train.learning_rat=1", USAGE, "did you mean 'learning_rate'?"),
     ("model.name_or_path=/no/such/model", USAGE, "model.name_or_path: /no/such/model does not exist"),
-    ("data.train=[/no/such-*.h5]", DATA, "/no/such-*.h5: no such shard"),
+    ("data.train=[/tmp/no/such-*.h5]", DATA, "/tmp/no/such-*.h5: no such shard"),
     ("peft.0.target_modules=[nothing]", USAGE, "target_modules 'nothing' matches nothing"),
 ])
 def test_a_wrong_override_is_told_once_on_any_number_of_ranks(config, override, code, said, ranks):

@@ -139,7 +139,7 @@ def test_a_finished_run_speaks_with_its_adapter(tmp_path):
 
 @pytest.mark.parametrize("flags, said", [(["--prompt", "x"], "--model"), (["--model", SMOLLM2], "--prompt"),
                                          (["--model", SMOLLM2, "--prompts", "none.txt"], "--output"),
-                                         (["--model", "/no/model", "--prompt", "x"], "/no/model")])
+                                         (["--model", "/tmp/no/model", "--prompt", "x"], "/tmp/no/model")])
 def test_what_generate_lacks_is_said(flags, said):
     done = graft("generate", *flags)
     assert done.returncode == 2, done.stderr

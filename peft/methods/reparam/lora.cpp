@@ -1,7 +1,8 @@
 // LoRA: y = W x + s B A x, s = alpha / r.              Hu et al. 2021, arXiv:2106.09685, eq. 3
 // rsLoRA: s = alpha / sqrt(r).                         Kalajdzievski 2023, arXiv:2312.03732
-// Trains A [r, in] (Kaiming-uniform, a = sqrt 5) and B [out, r] (zeros): the model is unchanged at step 0. On an
-// embedding A [r, V] is zero and B [D, r] normal. Mergeable. Fields and files are those of HF PEFT's LoraConfig.
+// Trains A [r, in] (Kaiming-uniform, a = sqrt 5) and B [out, r] (zeros): the model is unchanged at
+// step 0. On an embedding A [r, V] is zero and B [D, r] normal. Mergeable. Fields and files are
+// those of HF PEFT's LoraConfig.
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
@@ -51,8 +52,8 @@ class LoraLinear : public models::LinearAdapter {
       : scale_(c.scale(site)), dropout_(c.lora_dropout), random_(random) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     const int r = c.rank(site);
-    GRAFT_CHECK(r <= std::min(site.info.in, site.info.out), "peft: r = ", r, " is larger than ", site.name, " [",
-                site.info.out, ", ", site.info.in, "] can use");
+    GRAFT_CHECK(r <= std::min(site.info.in, site.info.out), "peft: r = ", r, " is larger than ",
+                site.name, " [", site.info.out, ", ", site.info.in, "] can use");
     Tensor a = at::empty({r, site.info.in}, options);
     kernels::uniform(a, random);  // Kaiming-uniform with a = sqrt 5: within 1 / sqrt(in)
     a.mul_(2).sub_(1).mul_(1 / std::sqrt(static_cast<double>(site.info.in)));
@@ -70,7 +71,9 @@ class LoraLinear : public models::LinearAdapter {
     return kernels::lowrank_add(base(x), x * mask.to(x.scalar_type()), a_, b_, scale_);
   }
   bool mergeable() const override { return true; }
-  Tensor merged(const Tensor& w) const override { return w + (scale_ * b_.mm(a_)).to(w.scalar_type()); }
+  Tensor merged(const Tensor& w) const override {
+    return w + (scale_ * b_.mm(a_)).to(w.scalar_type());
+  }
 
  private:
   double scale_, dropout_;
@@ -116,10 +119,12 @@ class Lora : public LinearMethod<LoraConfig, LoraLinear> {
     for (const LinearSite* site : sites_) {
       const kernels::Key key = site_key(context, *site);
       if (site->info.kind == models::LinearKind::kEmbedding) {
-        attach_linear(context, *site, std::make_shared<LoraEmbedding>(config_, *site, key, context.device),
+        attach_linear(context, *site,
+                      std::make_shared<LoraEmbedding>(config_, *site, key, context.device),
                       LoraEmbedding::leaves());
       } else {
-        attach_linear(context, *site, std::make_shared<LoraLinear>(config_, *site, key, context.device),
+        attach_linear(context, *site,
+                      std::make_shared<LoraLinear>(config_, *site, key, context.device),
                       LoraLinear::leaves());
       }
     }
@@ -140,7 +145,8 @@ class Lora : public LinearMethod<LoraConfig, LoraLinear> {
                              {"rank_pattern", nlohmann::json::object()},
                              {"alpha_pattern", nlohmann::json::object()}};
     for (const LinearSite* site : sites_) {
-      if (config_.rank(*site) != config_.r) config["rank_pattern"][site->hf_path] = config_.rank(*site);
+      if (config_.rank(*site) != config_.r)
+        config["rank_pattern"][site->hf_path] = config_.rank(*site);
       const double alpha = pattern_value(config_.alpha_pattern, *site, config_.lora_alpha);
       if (alpha != config_.lora_alpha) config["alpha_pattern"][site->hf_path] = alpha;
     }
@@ -160,9 +166,10 @@ class Lora : public LinearMethod<LoraConfig, LoraLinear> {
     config_.whole.from_peft_config(config);
     nlohmann::json init = true;
     config.get("init_lora_weights", init);
-    // Any other (pissa, olora ...) is taken out of the base's matrices: the base in the files is not the one below it.
-    GRAFT_CHECK(init.is_boolean() || init == "gaussian" || init == "eva" || init == "orthogonal", ExitCode::kData,
-                "adapter_config.json: init_lora_weights = ", init.dump(),
+    // Any other (pissa, olora ...) is taken out of the base's matrices: the base in the files is
+    // not the one below it.
+    GRAFT_CHECK(init.is_boolean() || init == "gaussian" || init == "eva" || init == "orthogonal",
+                ExitCode::kData, "adapter_config.json: init_lora_weights = ", init.dump(),
                 " changes the base and is not supported; convert the adapter to plain LoRA");
     config.ignore({"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
                    "megatron_core", "qalora_group_size", "ensure_weight_tying", "layers_pattern"});
