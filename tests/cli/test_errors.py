@@ -74,7 +74,7 @@ def test_all_mistakes_are_told_in_one_pass(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("override, code, said", [
     ("train.learning_rat=1", USAGE, "did you mean 'learning_rate'?"),
-    ("model.name_or_path=/no/such/model", USAGE, "model.name_or_path: /no/such/model does not exist"),
+    ("model.name_or_path=/tmp/no/such/model", USAGE, "model.name_or_path: /tmp/no/such/model does not exist"),
     ("data.train=[/tmp/no/such-*.h5]", DATA, "/tmp/no/such-*.h5: no such shard"),
     ("peft.0.target_modules=[nothing]", USAGE, "target_modules 'nothing' matches nothing"),
 ])
