@@ -131,7 +131,6 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
     write_text(output_dir + "/run.json", run_record(bench, run).dump(2) + "\n");
   }
   log::info(banner(bench, trainer, run));
-  watch_signals();
   const bool finished = TrainLoop(bench, trainer, run).run();
   GRAFT_CHECK(bench.store->hash() == base_hash, ExitCode::kNumerics,
               "the frozen base changed during the run: its adapter must not be trusted (a bug, or "
@@ -162,6 +161,8 @@ void add_train(CLI::App& app, Command& command) {
       "Examples:\n  mpirun -np 2 graft train configs/runs/quickstart.yaml\n"
       "  graft train run.yaml train.learning_rate=1e-4 checkpoint.output_dir=runs/second");
   verb->callback([arguments, &command] {
+    watch_signals();  // before the ranks meet: a run that is preempted while it loads still ends
+                      // with a checkpoint
     command.run_on_ranks = [arguments](const dist::Topology& topology, dist::MpiSession* session) {
       return train(*arguments, topology, session);
     };

@@ -158,10 +158,12 @@ def test_a_run_goes_on_with_other_rank_counts_to_the_same_bits(config, reference
     path = config()
     run = path.parent / "run"
     for ranks, step in ((2, 7), (4, 17)):
+        done_before = max((line["step"] for line in metrics(run)), default=0)
         with Job("train", path, lanes(ranks), ranks=ranks) as job:
-            assert job.wait_for_step(run, step)
+            assert job.wait_for_step(run, max(step, done_before + 1))  # a step of this job, not of the one before
             job.kill_ranks(signal.SIGUSR1)
-            assert job.wait().returncode == PREEMPTED
+            done = job.wait()
+        assert done.returncode == PREEMPTED, done.stderr
         assert step <= metrics(run)[-1]["step"] < STEPS
     succeed("train", path)
     assert_same_run(run, reference)
@@ -273,10 +275,18 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(finished, refe
     assert_same_run(finished.parent / "run", reference)
 
 
-def test_resume_from_a_named_checkpoint(finished, reference):
+def test_resume_from_a_named_checkpoint_branches_off(finished, reference, tmp_path):
     before, _ = checkpoints(finished.parent / "run")
-    done = succeed("train", finished, "--resume", before)
+    done = succeed("train", finished, f"checkpoint.output_dir={tmp_path}/branch", "--resume", before)
     assert f"resumed from {before}" in done.stderr
+    assert adapter(tmp_path / "branch") == adapter(reference)
+
+
+def test_an_older_checkpoint_of_the_same_folder_is_refused(finished, reference):
+    before, _ = checkpoints(finished.parent / "run")
+    done = graft("train", finished, "--resume", before)
+    assert done.returncode == USAGE
+    assert "to branch off, choose another checkpoint.output_dir" in done.stderr
     assert_same_run(finished.parent / "run", reference)
 
 
