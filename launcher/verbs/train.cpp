@@ -35,7 +35,7 @@ struct Arguments {
 /// refused: two histories in one folder cannot be told apart later.
 std::optional<std::string> checkpoint_to_resume(const std::string& resume,
                                                 const std::string& output_dir, World& world) {
-  const auto newest = find_checkpoint(output_dir, world);
+  auto newest = find_checkpoint(output_dir, world);
   if (resume == "auto") return newest;
   GRAFT_CHECK(
       resume != "never" || !newest, "--resume never: ", output_dir, " holds a run already (",
