@@ -165,22 +165,29 @@ void Loader::read_runs(Fetched& fetched) const {
   fetched.tokens.resize(total);
   fetched.loss_mask.resize(total);
 
-  // Reads the documents order[first..last), which lie one after the other in one shard.
+  // Reads the documents order[first..last), all of one shard.
   const auto read = [&](size_t first, size_t last) {
-    const Corpus::Place place = corpus_.locate(placements[order[first]].document);
+    const TokenShard& shard = *corpus_.locate(placements[order[first]].document).shard;
+    std::vector<TokenShard::Run> runs;
+    int64_t count = 0;
+    for (size_t i = first; i < last; ++i) {
+      const Placement& p = placements[order[i]];
+      const int64_t begin = shard.begin(corpus_.locate(p.document).row);
+      count += p.length;
+      if (!runs.empty() && runs.back().begin + runs.back().length == begin)
+        runs.back().length += p.length;
+      else
+        runs.push_back({begin, p.length});
+    }
     const int64_t to = fetched.begins[order[first]];
-    const int64_t count = fetched.begins[order[last - 1]] + placements[order[last - 1]].length - to;
-    place.shard->read(place.shard->begin(place.row), std::span(fetched.tokens).subspan(to, count),
-                      std::span(fetched.loss_mask).subspan(to, count));
+    shard.read(runs, std::span(fetched.tokens).subspan(to, count),
+               std::span(fetched.loss_mask).subspan(to, count));
   };
-  const auto continues = [&](size_t i) {  // order[i] begins where order[i - 1] ends
-    const Placement& before = placements[order[i - 1]];
-    const Corpus::Place place = corpus_.locate(placements[order[i]].document);
-    return placements[order[i]].document == before.document + 1 && place.row > 0 &&
-           before.length == corpus_.length(before.document);
+  const auto shard_of = [&](size_t i) {
+    return corpus_.locate(placements[order[i]].document).shard;
   };
   for (size_t first = 0, last; first < order.size(); first = last) {
-    for (last = first + 1; last < order.size() && continues(last);) ++last;
+    for (last = first + 1; last < order.size() && shard_of(last) == shard_of(first);) ++last;
     try {
       read(first, last);
     } catch (const Error&) {  // one of them is bad: which?

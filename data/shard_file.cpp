@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "configs/check.h"
+#include "data/scan.h"
 
 namespace graft::data {
 namespace {
@@ -16,7 +17,8 @@ constexpr int64_t kSchema = 1;
 constexpr hsize_t kMaxChunkBytes = hsize_t{64} << 20;  // what a file may make us allocate at once
 constexpr hsize_t kDeflateLimit = 1032;                // no deflate stream expands further
 constexpr hsize_t kMaxLabels = 1 << 20;
-constexpr int64_t kZeroRun = 4;  // no document is so many tokens 0 and nothing else
+constexpr int64_t kMaskLimit = 2;  // a mask is 0 or 1
+constexpr int64_t kZeroRun = 4;    // no document is so many tokens 0 and nothing else
 
 /// A number, string or array in the file, as libhdf5 sees it: an attribute or a dataset.
 struct Stored {
@@ -162,17 +164,6 @@ void check_offsets(const std::vector<uint64_t>& offsets, uint64_t end, const std
               ", the number of tokens");
 }
 
-/// The place of the first token that is not below vocab_size, or their number.
-size_t first_not_below(std::span<const uint32_t> tokens, int64_t vocab_size) {
-  uint32_t largest = 0;  // without a branch: all but always the only pass
-#pragma omp simd reduction(max : largest)
-  for (size_t i = 0; i < tokens.size(); ++i) largest = std::max(largest, tokens[i]);
-  if (largest < vocab_size) return tokens.size();
-  return std::find_if(tokens.begin(), tokens.end(),
-                      [&](uint32_t token) { return token >= vocab_size; }) -
-         tokens.begin();
-}
-
 /// Only hard links to names of the format: nothing that leads elsewhere, nothing we would silently
 /// ignore.
 void check_members(hid_t file, const std::string& path) {
@@ -248,8 +239,8 @@ TokenShard::TokenShard(const std::string& path) : path_(path) {
   const int64_t claimed = read_integer_attribute(file, path, "num_samples");
   GRAFT_CHECK(claimed == num_samples(), ExitCode::kData, path, ": num_samples is ", claimed,
               ", 'offsets' has ", num_samples(), " samples");
-  tokens_ = Column(std::move(tokens.object), H5T_NATIVE_UINT32, descriptor_);
-  loss_mask_ = Column(std::move(loss_mask.object), H5T_NATIVE_UINT8, descriptor_);
+  tokens_ = {std::move(tokens.object), vocab_size_, descriptor_};
+  loss_mask_ = {std::move(loss_mask.object), kMaskLimit, descriptor_};
   if (checked(H5Lexists(file, "label", H5P_DEFAULT), path, "look up names") > 0) read_labels();
 }
 
@@ -263,8 +254,8 @@ void TokenShard::read_labels() {
   labels.tokens = read_numbers<uint32_t>(file, path_, "label_tokens");
   labels.offsets = read_numbers<uint64_t>(file, path_, "label_offsets");
   check_offsets(labels.offsets, labels.tokens.size(), path_, "label_offsets");
-  GRAFT_CHECK(first_not_below(labels.tokens, vocab_size_) == labels.tokens.size(), ExitCode::kData,
-              path_, ": 'label_tokens' holds tokens that are not below vocab_size ", vocab_size_);
+  GRAFT_CHECK(all_below(labels.tokens, vocab_size_), ExitCode::kData, path_,
+              ": 'label_tokens' holds tokens that are not below vocab_size ", vocab_size_);
   GRAFT_CHECK(static_cast<int64_t>(labels.of_sample.size()) == num_samples() &&
                   labels.offsets.size() == labels.names.size() + 1,
               ExitCode::kData, path_, ": 'label' must have one element a sample, 'label_offsets' ",
@@ -284,46 +275,61 @@ int64_t TokenShard::row_of(int64_t position) const {
 
 void TokenShard::read(int64_t begin, std::span<uint32_t> tokens,
                       std::span<uint8_t> loss_mask) const {
-  GRAFT_ASSERT(tokens.size() == loss_mask.size() && begin >= 0 &&
-                   begin + static_cast<int64_t>(tokens.size()) <= num_tokens(),
-               path_, ": read of ", tokens.size(), " tokens at ", begin);
-  if (tokens.empty()) return;
-  Hdf5Lock lock;
-  std::string failure = tokens_.read(begin, tokens.size(), tokens.data());
-  if (failure.empty()) failure = loss_mask_.read(begin, tokens.size(), loss_mask.data());
-  GRAFT_CHECK(failure.empty(), ExitCode::kData, path_, ": row ", row_of(begin),
-              ": cannot read: ", failure);
-  // Past a new end of the file libhdf5 reads zeros, and the checksum of zeros is zero.
-  GRAFT_CHECK(file_state(descriptor_, path_) == std::pair(file_bytes_, modified_ns_),
-              ExitCode::kData, path_, ": row ", row_of(begin),
-              ": the file was changed while in use; a shard is replaced by a rename");
-  check_values(begin, tokens, loss_mask);
+  const Run run{begin, static_cast<int64_t>(tokens.size())};
+  read(std::span(&run, 1), tokens, loss_mask);
 }
 
+void TokenShard::read(std::span<const Run> runs, std::span<uint32_t> tokens,
+                      std::span<uint8_t> loss_mask) const {
+  Hdf5Lock lock;
+  // Calls of(its begin, its tokens, its mask) for each run.
+  const auto for_each_run = [&](auto of) {
+    size_t at = 0;
+    for (const auto& [begin, length] : runs) {
+      GRAFT_ASSERT(begin >= 0 && length >= 0 && begin + length <= num_tokens() &&
+                       at + length <= std::min(tokens.size(), loss_mask.size()),
+                   path_, ": read of ", length, " tokens at ", begin);
+      of(begin, tokens.subspan(at, length), loss_mask.subspan(at, length));
+      at += length;
+    }
+  };
+  bool sound = true;
+  for_each_run([&](int64_t begin, std::span<uint32_t> tokens, std::span<uint8_t> loss_mask) {
+    std::string failure = tokens_.read(begin, tokens, sound);
+    if (failure.empty()) failure = loss_mask_.read(begin, loss_mask, sound);
+    GRAFT_CHECK(failure.empty(), ExitCode::kData, path_, ": row ", row_of(begin),
+                ": cannot read: ", failure);
+  });
+  // Past a new end of the file libhdf5 reads zeros, and the checksum of zeros is zero.
+  GRAFT_CHECK(file_state(descriptor_, path_) == std::pair(file_bytes_, modified_ns_),
+              ExitCode::kData, path_, ": row ", row_of(runs.empty() ? 0 : runs.front().begin),
+              ": the file was changed while in use; a shard is replaced by a rename");
+  if (sound) return;
+  for_each_run([&](int64_t begin, std::span<const uint32_t> tokens,
+                   std::span<const uint8_t> loss_mask) { check_values(begin, tokens, loss_mask); });
+}
+
+/// Refuses what no chunk speaks for, and names its row.
 void TokenShard::check_values(int64_t begin, std::span<const uint32_t> tokens,
                               std::span<const uint8_t> loss_mask) const {
-  const auto row_at = [&](auto place) { return row_of(begin + static_cast<int64_t>(place)); };
-  if (const size_t bad = first_not_below(tokens, vocab_size_); bad < tokens.size())
-    GRAFT_CHECK(false, ExitCode::kData, path_, ": row ", row_at(bad), ": token ", tokens[bad],
-                " is not below vocab_size ", vocab_size_);
-  uint8_t bits = 0;
-#pragma omp simd reduction(| : bits)
-  for (size_t i = 0; i < loss_mask.size(); ++i) bits |= loss_mask[i];
-  if (bits > 1) {
-    const auto bad = std::find_if(loss_mask.begin(), loss_mask.end(), [](int m) { return m > 1; });
-    GRAFT_CHECK(false, ExitCode::kData, path_, ": row ", row_at(bad - loss_mask.begin()),
-                ": loss_mask is ", int{*bad}, ", must be 0 or 1");
-  }
-  // A chunk that the disk lost reads as zeros, its checksum too, so the checksum agrees.
   const int64_t end = begin + static_cast<int64_t>(tokens.size());
-  for (int64_t row = row_of(begin), first = begin; first < end; ++row) {
-    const int64_t last = std::min(end, this->begin(row + 1));
-    const auto part = tokens.subspan(first - begin, last - first);
-    GRAFT_CHECK(last - first < kZeroRun || std::any_of(part.begin(), part.end(),
+  for (int64_t row = row_of(begin), first = begin, last; first < end; ++row, first = last) {
+    last = std::min(end, this->begin(row + 1));
+    const auto row_tokens = tokens.subspan(first - begin, last - first);
+    const auto row_mask = loss_mask.subspan(first - begin, last - first);
+    if (!all_below(row_tokens, vocab_size_))
+      GRAFT_CHECK(false, ExitCode::kData, path_, ": row ", row, ": token ",
+                  *std::find_if(row_tokens.begin(), row_tokens.end(),
+                                [&](uint32_t token) { return token >= vocab_size_; }),
+                  " is not below vocab_size ", vocab_size_);
+    GRAFT_CHECK(all_below(row_mask, kMaskLimit), ExitCode::kData, path_, ": row ", row,
+                ": loss_mask is ", int{*std::max_element(row_mask.begin(), row_mask.end())},
+                ", must be 0 or 1");
+    // A chunk that the disk lost reads as zeros, its checksum too, so the checksum agrees.
+    GRAFT_CHECK(last - first < kZeroRun || std::any_of(row_tokens.begin(), row_tokens.end(),
                                                        [](uint32_t token) { return token != 0; }),
                 ExitCode::kData, path_, ": row ", row, ": all its ", last - first,
                 " tokens are 0: part of the file is lost");
-    first = last;
   }
 }
 

@@ -56,11 +56,18 @@ class TokenShard {
   int64_t begin(int64_t sample) const { return static_cast<int64_t>(offsets_[sample]); }
   int64_t length(int64_t sample) const { return begin(sample + 1) - begin(sample); }
 
-  /// Reads the tokens and the loss mask from position `begin` on, as many as the spans hold
-  /// (equally many), in one access: neighbouring samples are cheapest read together.
+  /// Tokens [begin, begin + length) of the shard.
+  struct Run {
+    int64_t begin = 0, length = 0;
+  };
+
+  /// Reads the tokens and the loss mask of some runs, one after the other, into spans that hold as
+  /// many; one call for many runs is cheapest.
   /// @throws graft::Error (kData) naming file and row if a checksum fails, a token is not below
-  /// vocab_size or a mask
-  ///         value is not 0 or 1
+  /// vocab_size, a mask value is not 0 or 1, or the file was changed
+  void read(std::span<const Run> runs, std::span<uint32_t> tokens,
+            std::span<uint8_t> loss_mask) const;
+  /// The same for one run, from position `begin` on.
   void read(int64_t begin, std::span<uint32_t> tokens, std::span<uint8_t> loss_mask) const;
 
   const std::string& path() const { return path_; }
@@ -84,7 +91,8 @@ class TokenShard {
   Hdf5Handle file_;
   int descriptor_ = -1;                       // libhdf5's own
   int64_t file_bytes_ = 0, modified_ns_ = 0;  // when opened
-  mutable Column tokens_, loss_mask_;         // they learn where chunks lie
+  mutable Column<uint32_t> tokens_;           // columns learn where chunks lie
+  mutable Column<uint8_t> loss_mask_;
 };
 
 }  // namespace graft::data

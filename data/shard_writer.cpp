@@ -14,7 +14,7 @@
 namespace graft::data {
 namespace {
 
-constexpr hsize_t kChunkElements = 64 * 1024;
+constexpr hsize_t kChunkElements = 256 * 1024;
 
 template <class Number>
 void write_numbers(hid_t file, const std::string& path, const char* name,

@@ -1,59 +1,14 @@
-// Token shards: what is written is read; what is damaged, foreign or dishonest is refused by name.
+// Token shards: what is written is read; what is foreign or dishonest is refused by name.
 #include "data/shard_file.h"
 
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <functional>
-#include <numeric>
 
-#include "tests/data/shards.h"
+#include "tests/data/shard_fixture.h"
 
 namespace graft::data {
 namespace {
-
-struct Samples {
-  std::vector<uint32_t> tokens;
-  std::vector<uint8_t> loss_mask;
-};
-
-Samples read_all(const TokenShard& shard) {
-  Samples all{std::vector<uint32_t>(shard.num_tokens()), std::vector<uint8_t>(shard.num_tokens())};
-  shard.read(0, all.tokens, all.loss_mask);
-  return all;
-}
-
-/// The message of the kData error that opening and reading the whole file gives; empty: none.
-std::string refusal(const std::string& path) {
-  try {
-    read_all(TokenShard(path));
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ExitCode::kData);
-    EXPECT_NE(std::string(error.what()).find(path), std::string::npos) << error.what();
-    return error.what();
-  }
-  return "";
-}
-
-class ShardTest : public testing::Test {
- protected:
-  ShardTest() : path_(folder_.file("shard.h5")), content_(test_content({5, 1, 0, 9, 70'000, 3})) {}
-
-  /// A healthy shard, changed by `change` through the C API; the message with which it is refused.
-  std::string refused_after(const std::function<void(hid_t file)>& change) {
-    write_token_shard(path_, content_);
-    EXPECT_EQ(refusal(path_), "");
-    const hid_t file = H5Fopen(path_.c_str(), H5F_ACC_RDWR, H5P_DEFAULT);
-    change(file);
-    EXPECT_GE(H5Fclose(file), 0);
-    return refusal(path_);
-  }
-
-  TemporaryFolder folder_;
-  std::string path_;
-  TokenShardContent content_;
-};
 
 // --- the C API, as another program would use it ---
 
@@ -101,7 +56,7 @@ TEST_F(ShardTest, ReadsWhatWasWritten) {
   const TokenShard shard(path_);
   EXPECT_EQ(shard.num_samples(), 6);
   EXPECT_EQ(shard.length(2), 0);
-  EXPECT_EQ(shard.length(4), 70'000);
+  EXPECT_EQ(shard.length(4), 300'000);
   EXPECT_EQ(shard.begin(3), 6);
   EXPECT_EQ(shard.created_by(), content_.created_by);
   EXPECT_EQ(shard.tokenizer_sha256(), content_.tokenizer_sha256);
@@ -115,13 +70,7 @@ TEST_F(ShardTest, ReadsWhatWasWritten) {
 TEST_F(ShardTest, ReadsAnyRunOfTokens) {
   write_token_shard(path_, content_);
   const TokenShard shard(path_);
-  for (const int64_t begin : {0, 4, 65'530, 70'014}) {
-    std::vector<uint32_t> tokens(4);
-    std::vector<uint8_t> mask(4);
-    shard.read(begin, tokens, mask);
-    EXPECT_TRUE(std::equal(tokens.begin(), tokens.end(), content_.tokens.begin() + begin));
-    EXPECT_TRUE(std::equal(mask.begin(), mask.end(), content_.loss_mask.begin() + begin));
-  }
+  for (const int64_t begin : {0, 4, 262'142, 300'014}) expect_reads(shard, begin, 4);
 }
 
 TEST_F(ShardTest, LeavesNoTemporaryFile) {
@@ -193,6 +142,51 @@ TEST_F(ShardTest, ReadsCompressedChunks) {
   EXPECT_EQ(read_all(TokenShard(path_)).tokens, content_.tokens);
 }
 
+TEST_F(ShardTest, ReadsTheSameFromEveryStorage) {
+  const hsize_t size = content_.tokens.size();
+  struct Storage {
+    hsize_t chunk;  // 0: contiguous
+    std::vector<herr_t (*)(hid_t)> filters;
+  };
+  const std::vector<Storage> storages = {{0, {}},
+                                         {1000, {}},
+                                         {1000, {H5Pset_fletcher32}},
+                                         {size, {H5Pset_fletcher32}},
+                                         {50, {H5Pset_fletcher32}},  // more chunks than we look up
+                                         {1000, {H5Pset_shuffle, H5Pset_fletcher32}}};
+  for (size_t i = 0; i < storages.size(); ++i) {
+    const std::string message = refused_after([&](hid_t file) {
+      const hid_t create = H5Pcreate(H5P_DATASET_CREATE);
+      if (storages[i].chunk > 0) H5Pset_chunk(create, 1, &storages[i].chunk);
+      for (const auto set_filter : storages[i].filters) set_filter(create);
+      put_dataset(file, "tokens", H5T_NATIVE_UINT32, {size}, content_.tokens.data(), create);
+      put_dataset(file, "loss_mask", H5T_NATIVE_UINT8, {size}, content_.loss_mask.data(), create);
+      H5Pclose(create);
+    });
+    ASSERT_EQ(message, "") << "storage " << i;
+    const TokenShard shard(path_);
+    expect_reads(shard, 299'990, 20);  // parts of chunks, over their ends
+    expect_reads(shard, 995, 10);
+    expect_reads(shard, 0, content_.tokens.size());
+  }
+}
+
+TEST_F(ShardTest, ReadsManyRunsInOneCall) {
+  write_token_shard(path_, content_);
+  const std::vector<TokenShard::Run> runs = {{299'000, 700}, {3, 0}, {262'140, 9}, {6, 2}};
+  Samples read{std::vector<uint32_t>(711), std::vector<uint8_t>(711)}, expected;
+  TokenShard(path_).read(runs, read.tokens, read.loss_mask);
+  for (const auto& [begin, length] : runs) {
+    const auto append = [&](auto& to, const auto& from) {
+      to.insert(to.end(), from.begin() + begin, from.begin() + begin + length);
+    };
+    append(expected.tokens, content_.tokens);
+    append(expected.loss_mask, content_.loss_mask);
+  }
+  EXPECT_EQ(read.tokens, expected.tokens);
+  EXPECT_EQ(read.loss_mask, expected.loss_mask);
+}
+
 TEST_F(ShardTest, RefusesWhatIsNoShard) {
   EXPECT_NE(refusal(folder_.file("absent.h5")).find("no such file"), std::string::npos);
   std::filesystem::create_directory(path_);
@@ -239,7 +233,7 @@ TEST_F(ShardTest, RefusesWrongTypesAndExtents) {
             std::string::npos);
   EXPECT_NE(refused_after([&](hid_t f) {
               put_dataset(f, "loss_mask", H5T_NATIVE_UINT8, {n - 1}, content_.loss_mask.data());
-            }).find("'loss_mask' 70017"),
+            }).find("'loss_mask' 300017"),
             std::string::npos);
   EXPECT_NE(
       refused_after([](hid_t f) { put_attribute(f, "num_samples", 5); }).find("num_samples is 5"),
@@ -256,9 +250,9 @@ TEST_F(ShardTest, RefusesWrongTypesAndExtents) {
 
 TEST_F(ShardTest, RefusesOffsetsThatDoNotRiseToTheEnd) {
   const uint64_t end = content_.tokens.size();
-  for (const std::vector<uint64_t>& offsets : {std::vector<uint64_t>{0, 5, 4, 6, 15, 70'015, end},
-                                               {1, 5, 6, 6, 15, 70'015, end},
-                                               {0, 5, 6, 6, 15, 70'015, end + 1},
+  for (const std::vector<uint64_t>& offsets : {std::vector<uint64_t>{0, 5, 4, 6, 15, 300'015, end},
+                                               {1, 5, 6, 6, 15, 300'015, end},
+                                               {0, 5, 6, 6, 15, 300'015, end + 1},
                                                {0, 5, 6, 6, 15, ~uint64_t{0}, end}}) {
     const std::string message = refused_after(
         [&](hid_t file) { put_dataset(file, "offsets", H5T_NATIVE_UINT64, {7}, offsets.data()); });
@@ -271,7 +265,7 @@ TEST_F(ShardTest, NamesTheRowOfABadValue) {
   write_token_shard(path_, content_);
   EXPECT_NE(refusal(path_).find("row 3: token 16777216"), std::string::npos) << refusal(path_);
   content_.tokens[7] = 0;
-  content_.loss_mask[70'017] = 2;
+  content_.loss_mask[300'017] = 2;
   write_token_shard(path_, content_);
   EXPECT_NE(refusal(path_).find("row 5: loss_mask is 2"), std::string::npos) << refusal(path_);
 }
@@ -352,88 +346,6 @@ TEST_F(ShardTest, RefusesLabelsThatDoNotAgree) {
             std::string::npos);
   EXPECT_NE(message([](ShardLabels& l) { l.tokens[1] = kTestVocabulary; }).find("'label_tokens'"),
             std::string::npos);
-}
-
-// --- damage ---
-
-enum Outcome : int { kRefused = 0, kSameData = 1, kOtherData = 2, kWrongError = 3, kCrashed = 4 };
-
-/// Opens and reads the file in a child, so that a crash inside libhdf5 would be seen as one.
-Outcome outcome_of(const std::string& path, const Samples& expected) {
-  const pid_t child = ::fork();
-  if (child == 0) {
-    Outcome outcome = kWrongError;
-    try {
-      const Samples all = read_all(TokenShard(path));
-      const bool same = all.tokens == expected.tokens && all.loss_mask == expected.loss_mask;
-      outcome = same ? kSameData : kOtherData;
-    } catch (const Error& error) {
-      outcome = error.code() == ExitCode::kData ? kRefused : kWrongError;
-    } catch (...) {
-    }
-    ::_exit(outcome);
-  }
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  return WIFEXITED(status) ? static_cast<Outcome>(WEXITSTATUS(status)) : kCrashed;
-}
-
-class DamagedShardTest : public ShardTest {
- protected:
-  DamagedShardTest() {
-    content_ = test_content({400, 900, 30, 650});
-    write_token_shard(path_, content_);
-    bytes_ = read_bytes(path_);
-    expected_ = {content_.tokens, content_.loss_mask};
-  }
-  std::string bytes_;
-  Samples expected_;
-};
-
-TEST_F(DamagedShardTest, IsRefusedTruncatedAnywhere) {
-  std::vector<size_t> sizes = {0, 1, 8, 48, 96, 512, 4096, bytes_.size() - 1};
-  for (size_t i = 1; i < 40; ++i) sizes.push_back(bytes_.size() * i / 40);
-  for (const size_t size : sizes) {
-    write_bytes(path_, bytes_.substr(0, size));
-    EXPECT_EQ(outcome_of(path_, expected_), kRefused) << size << " of " << bytes_.size();
-  }
-}
-
-TEST_F(DamagedShardTest, WithALostChunkIsRefused) {
-  // All zeros, checksum included, so fletcher32 agrees.
-  const size_t at = find_tokens(bytes_, test_tokens(0, 400));
-  std::fill_n(bytes_.begin() + at, 4 * content_.tokens.size() + 4, '\0');
-  write_bytes(path_, bytes_);
-  EXPECT_NE(refusal(path_).find("part of the file is lost"), std::string::npos);
-}
-
-TEST_F(DamagedShardTest, ChangedWhileOpenIsRefused) {
-  const TokenShard shard(path_);
-  std::filesystem::resize_file(path_, bytes_.size() / 2);
-  EXPECT_THROW(read_all(shard), Error);
-}
-
-TEST_F(DamagedShardTest, ReplacedWhileOpenGoesOnWithTheOldOne) {
-  const TokenShard shard(path_);
-  std::filesystem::remove(path_);
-  write_bytes(path_, "another file");
-  EXPECT_EQ(read_all(shard).tokens, content_.tokens);
-}
-
-TEST_F(DamagedShardTest, WithFlippedBytesIsRefusedOrReadsTheSame) {
-  std::mt19937_64 random(2024);
-  int refused = 0;
-  for (int i = 0; i < 300; ++i) {
-    std::string damaged = bytes_;
-    // Every other flip in the first KiB, where most of the metadata lies.
-    const size_t at = random() % (i % 2 ? size_t{1024} : damaged.size());
-    damaged[at] = static_cast<char>(damaged[at] ^ (1 + random() % 255));
-    write_bytes(path_, damaged);
-    const Outcome outcome = outcome_of(path_, expected_);
-    EXPECT_TRUE(outcome == kRefused || outcome == kSameData) << "byte " << at << ": " << outcome;
-    refused += outcome == kRefused;
-  }
-  EXPECT_GT(refused, 150);  // the flips did hit something
 }
 
 }  // namespace
