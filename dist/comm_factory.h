@@ -12,13 +12,15 @@
 
 namespace graft::dist {
 
+class Watchdog;
+
 /// MPI from initialisation to finalisation: one per process, made first and destroyed last, in
 /// main() and outside its try block. After an error on this rank alone, call abort(): finalising
 /// would wait for the other ranks.
 class MpiSession {
  public:
   /// @throws graft::Error (kCommunication) if MPI does not start or grants less than
-  /// MPI_THREAD_FUNNELED
+  /// MPI_THREAD_MULTIPLE, which the watchdog's thread needs
   MpiSession(int* argc, char*** argv);
   ~MpiSession();
   MpiSession(const MpiSession&) = delete;
@@ -38,6 +40,9 @@ std::unique_ptr<Comm> make_single_comm();
 /// part of it) must stay below 2^31 bytes where MPI cannot take it in pieces, else an Error says
 /// so. Needs a live MpiSession. Collective over the world.
 std::unique_ptr<Comm> make_mpi_comm(int color = 0);
+
+/// `comm` with every call watched. `watchdog` must outlive it.
+std::unique_ptr<Comm> make_watched_comm(Watchdog& watchdog, std::unique_ptr<Comm> comm);
 
 /// CUDA tensors over NCCL, for the ranks of `bootstrap`, which carries the NCCL id at the start and
 /// the tags of all_gather later, so it must outlive this. Calls return when their work is queued

@@ -3,6 +3,7 @@
 // as graft::Error.
 #include <ATen/ATen.h>
 #include <mpi.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <climits>
@@ -151,9 +152,9 @@ class MpiComm : public Comm {
 
 MpiSession::MpiSession(int* argc, char*** argv) {
   int granted = MPI_THREAD_SINGLE;
-  check(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &granted), "MPI_Init_thread");
-  GRAFT_CHECK(granted >= MPI_THREAD_FUNNELED, ExitCode::kCommunication,
-              "this MPI library does not support threads (MPI_THREAD_FUNNELED): use another build");
+  check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &granted), "MPI_Init_thread");
+  GRAFT_CHECK(granted >= MPI_THREAD_MULTIPLE, ExitCode::kCommunication,
+              "this MPI library does not support threads (MPI_THREAD_MULTIPLE): use another build");
   for (MPI_Comm comm : {MPI_COMM_WORLD, MPI_COMM_SELF}) {
     check(MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   }
@@ -174,6 +175,7 @@ int MpiSession::world() const {
 }
 
 void MpiSession::abort(ExitCode code) {
+  alarm(10);  // the signal ends this process if MPI_Abort hangs
   MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
   std::_Exit(static_cast<int>(code));  // if MPI_Abort comes back, this rank must not
 }

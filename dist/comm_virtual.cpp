@@ -82,8 +82,8 @@ class Group {
   std::exception_ptr failure_;
 };
 
-const char* data(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
-char* data(at::Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+const char* raw(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+char* raw(at::Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
 void copy(char* to, const char* from, size_t bytes) {
   if (bytes > 0) std::memcpy(to, from, bytes);  // empty tensors have no address
@@ -96,7 +96,7 @@ class StagedWork : public Work {
   StagedWork(at::Tensor staged, at::Tensor& out) : staged_(std::move(staged)), out_(out) {}
   void wait() override {
     if (!staged_.defined()) return;
-    copy(data(out_), data(std::as_const(staged_)), staged_.nbytes());
+    copy(raw(out_), raw(std::as_const(staged_)), staged_.nbytes());
     staged_.reset();
   }
 
@@ -116,7 +116,7 @@ class VirtualComm : public Comm {
  private:
   /// Offers, waits for all, reads, waits until all have read.
   template <class Read>
-  void together(Offer offer, Read read) {
+  void together(const Offer& offer, Read read) {
     group_->offers[rank_] = offer;
     group_->meet(rank_, offer.call);
     const std::vector<Offer> offers = group_->offers;
@@ -155,7 +155,7 @@ class VirtualComm : public Comm {
         tags.push_back(offers[r].tag);
         sizes.push_back(static_cast<int64_t>(offers[r].tensor.nbytes()));
         const size_t bytes = std::min(shard.nbytes(), offers[r].tensor.nbytes());
-        copy(data(staged) + r * shard.nbytes(), data(offers[r].tensor), bytes);
+        copy(raw(staged) + r * shard.nbytes(), raw(offers[r].tensor), bytes);
       }
     });
     check_in_step("tags", tags);  // after the meeting: nobody leaves while others read
@@ -168,7 +168,7 @@ class VirtualComm : public Comm {
       check_bytes(offers);
       const size_t part = in.nbytes() / offers.size();
       for (size_t r = 0; r < offers.size(); ++r) {
-        copy(data(out) + r * part, data(offers[r].tensor) + rank_ * part, part);
+        copy(raw(out) + r * part, raw(offers[r].tensor) + rank_ * part, part);
       }
     });
   }
@@ -176,7 +176,7 @@ class VirtualComm : public Comm {
   void do_broadcast(at::Tensor& t, int root) override {
     together({"broadcast", t, 0}, [&](const std::vector<Offer>& offers) {
       check_bytes(offers);
-      if (rank_ != root) copy(data(t), data(offers[root].tensor), t.nbytes());
+      if (rank_ != root) copy(raw(t), raw(offers[root].tensor), t.nbytes());
     });
   }
 
@@ -186,7 +186,7 @@ class VirtualComm : public Comm {
     const at::Tensor parcel = group_->collect(from, rank_);
     GRAFT_ASSERT(parcel.nbytes() == t.nbytes(), "rank ", from, " sent ", parcel.nbytes(),
                  " bytes, rank ", rank_, " expected ", t.nbytes());
-    copy(data(t), data(parcel), t.nbytes());
+    copy(raw(t), raw(parcel), t.nbytes());
   }
 
   std::shared_ptr<Group> group_;

@@ -137,7 +137,7 @@ std::string host_name(const Environment& environment) {
 }
 
 /// One rank's line of the exchange in place_on_nodes(); the host comes last, it may hold anything.
-struct Place {
+struct NodePlace {
   int rank, world, local_rank, local_world, node;
   std::string source, host;
 };
@@ -151,9 +151,9 @@ std::string to_line(const Topology& t) {
   return out.str();
 }
 
-Place from_line(const std::string& line) {
+NodePlace from_line(const std::string& line) {
   std::istringstream in(line);
-  Place p;
+  NodePlace p;
   in >> p.rank >> p.world >> p.local_rank >> p.local_world >> p.node;
   in.ignore();
   std::getline(in, p.source);
@@ -200,7 +200,7 @@ Topology detect_topology(const Environment& environment) {
 }
 
 void place_on_nodes(Topology& topology, Comm& world) {
-  std::vector<Place> places;
+  std::vector<NodePlace> places;
   for (const std::string& line : gather_texts(world, to_line(topology))) {
     places.push_back(from_line(line));
   }
@@ -208,7 +208,7 @@ void place_on_nodes(Topology& topology, Comm& world) {
   std::vector<int> node_of, local_rank_of, ranks_on;
   std::map<std::pair<int, int>, int> taken;
   for (int r = 0; r < world.size(); ++r) {
-    const Place& p = places[r];
+    const NodePlace& p = places[r];
     const bool silent = p.source == "no launcher";
     GRAFT_CHECK(silent || (p.rank == r && p.world == world.size()), "rank ", r, " of ",
                 world.size(), " by MPI is rank ", p.rank, " of ", p.world, " by ", p.source, " on ",

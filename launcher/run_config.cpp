@@ -4,9 +4,9 @@
 namespace graft::launcher {
 
 void ModelConfig::fields(Fields& f) {
-  f("name_or_path", name_or_path, "Hugging Face directory, GGUF file or Graft store");
+  f("name_or_path", name_or_path, "Hugging Face directory or GGUF file");
   f.require(!name_or_path.empty(), "name_or_path",
-            "is missing: the path of a Hugging Face directory, a GGUF file or a Graft store");
+            "is missing: the path of a Hugging Face directory or a GGUF file");
   f("quantization", quantization, f.one_of({"none", "nf4", "fp4", "int8"}),
     "how the frozen weights are stored");
   f("double_quantization", double_quantization, "also quantise the scales of 4-bit weights");
@@ -62,6 +62,8 @@ void ParallelConfig::fields(Fields& f) {
     "tree: the same bits at any world size; nccl: fastest");
   f("threads_per_rank", threads_per_rank, f.range(1, 4096),
     "CPU threads; equal results are promised for equal threads");
+  f("timeout_s", timeout_s, f.range(5, 1'000'000),
+    "seconds that a rank may wait for another inside one collective; then the job names it, ends");
 }
 
 void CheckpointConfig::fields(Fields& f) {

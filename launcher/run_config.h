@@ -63,6 +63,7 @@ struct ParallelConfig {
   Auto<int> lanes_per_gather;
   std::string reduction = "auto";
   Auto<int> threads_per_rank;
+  int timeout_s = 600;
 
   void fields(Fields& f);
 };

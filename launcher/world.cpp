@@ -1,24 +1,56 @@
 #include "launcher/world.h"
 
 #include <ATen/Context.h>
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/Parallel.h>
+#include <sched.h>
 
 #include <algorithm>
-#include <thread>
+#include <chrono>
+#include <utility>
 
 #include "configs/check.h"
+#include "configs/log.h"
 
 namespace graft::launcher {
 namespace {
 
 #ifdef GRAFT_WITH_CUDA
-std::unique_ptr<dist::Comm> device_comm_of(dist::Comm& host, at::Device device) {
-  return device.is_cuda() ? dist::make_nccl_comm(host, device.index(), std::chrono::minutes(5))
-                          : nullptr;
+std::unique_ptr<dist::Comm> device_comm_of(dist::Comm& host, at::Device device,
+                                           std::chrono::seconds deadline) {
+  return device.is_cuda() ? dist::make_nccl_comm(host, device.index(), deadline) : nullptr;
 }
 #else
-std::unique_ptr<dist::Comm> device_comm_of(dist::Comm&, at::Device) { return nullptr; }
+std::unique_ptr<dist::Comm> device_comm_of(dist::Comm&, at::Device, std::chrono::seconds) {
+  return nullptr;
+}
 #endif
+
+/// Watches the calls of `world.host`; a rank that keeps the others waiting ends the job.
+void start_watchdog(World& world, dist::MpiSession& session, std::chrono::seconds deadline) {
+  const auto end_job = [&session](const std::string& verdict) {
+    log::error(verdict +
+               ". The job ends here. Look at that rank, its machine and its log; if it only needs "
+               "longer, raise parallel.timeout_s.");
+    session.abort(ExitCode::kCommunication);
+  };
+  world.watchdog =
+      std::make_unique<dist::Watchdog>(*world.host, world.topology.host, deadline, end_job);
+  world.host = dist::make_watched_comm(*world.watchdog, std::move(world.host));
+}
+
+/// The cores this rank may use (mpirun and Slurm bind ranks), shared with the ranks that may use
+/// the same ones. Collective.
+int threads_of_rank(dist::Comm& host_comm, const std::string& host) {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  if (sched_getaffinity(0, sizeof cores, &cores) != 0) return 1;  // more cores than a cpu_set_t has
+  const std::string mine =
+      host + " " + std::string(reinterpret_cast<const char*>(&cores), sizeof cores);
+  const auto all = dist::gather_texts(host_comm, mine);
+  return std::max(1,
+                  CPU_COUNT(&cores) / static_cast<int>(std::count(all.begin(), all.end(), mine)));
+}
 
 }  // namespace
 
@@ -26,14 +58,20 @@ World join_world(const dist::Topology& topology, dist::MpiSession* session,
                  const ParallelConfig& config) {
   World world;
   world.topology = topology;
+  const std::chrono::seconds deadline(config.timeout_s);
   world.host = session != nullptr ? dist::make_mpi_comm() : dist::make_single_comm();
+  if (session != nullptr) start_watchdog(world, *session, deadline);
   dist::place_on_nodes(world.topology, *world.host);
-  if (at::hasCUDA())
+  if (at::hasCUDA()) {
+    const int devices = at::accelerator::deviceCount();
+    GRAFT_CHECK(world.topology.local_rank < devices, "rank ", world.topology.rank, " is number ",
+                world.topology.local_rank, " on ", world.topology.host, ", which shows ", devices,
+                " GPU(s); start as many ranks a node as it has GPUs");
     world.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(world.topology.local_rank));
-  world.device_comm = device_comm_of(*world.host, world.device);
-  const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  world.threads =
-      config.threads_per_rank.value.value_or(std::max(1, cores / world.topology.local_world));
+  }
+  world.device_comm = device_comm_of(*world.host, world.device, deadline);
+  const int share = threads_of_rank(*world.host, world.topology.host);
+  world.threads = config.threads_per_rank.value.value_or(share);
   at::set_num_threads(world.threads);
   return world;
 }

@@ -7,12 +7,14 @@
 
 #include "dist/comm_factory.h"
 #include "dist/topology.h"
+#include "dist/watchdog.h"
 #include "launcher/run_config.h"
 
 namespace graft::launcher {
 
 struct World {
   dist::Topology topology;
+  std::unique_ptr<dist::Watchdog> watchdog;  ///< of the calls of `host`; null in a world of one
   std::unique_ptr<dist::Comm>
       host;  ///< all ranks, CPU tensors: control, and all traffic of a CPU run
   std::unique_ptr<dist::Comm> device_comm;  ///< all ranks, CUDA tensors; null on a CPU
