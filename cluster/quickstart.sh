@@ -43,7 +43,7 @@ fi
 ask() { "$graft" generate --model "$model" "$@" --prompt "$prompt" --max-new-tokens 48 --temperature 0; }
 
 title "Before"
-"$graft" eval "$config" --base checkpoint.output_dir=$run/before
+"$graft" eval "$config" --base --output $run/before.json
 ask
 
 title "Training on two ranks"
@@ -58,6 +58,6 @@ cat <<END
 question  ${prompt//$'\n'/ }
 adapter   $run/adapter           loads in Hugging Face PEFT as it is
 metrics   $run/metrics.jsonl
-losses    $run/before/eval.json  before
+losses    $run/before.json       before
           $run/eval.json         after
 END

@@ -64,6 +64,11 @@ std::unique_ptr<spdlog::logger> make_logger(const Options& options) {
   return result;
 }
 
+Options& chosen() {
+  static Options options;
+  return options;
+}
+
 std::unique_ptr<spdlog::logger>& logger() {
   static std::unique_ptr<spdlog::logger> instance = make_logger({});
   return instance;
@@ -75,7 +80,16 @@ void write(level_enum level, std::string_view message) {
 
 }  // namespace
 
-void init(const Options& options) { logger() = make_logger(options); }
+void init(const Options& options) {
+  chosen() = options;
+  logger() = make_logger(options);
+}
+
+void add_file(const std::string& path) {
+  Options options = chosen();
+  options.file = path;
+  init(options);
+}
 
 void debug(std::string_view message) { write(level_enum::debug, message); }
 void info(std::string_view message) { write(level_enum::info, message); }

@@ -17,6 +17,9 @@ struct Options {
 };
 
 void init(const Options& options);
+/// From now on also into this file, appended; all else stays as it is.
+/// @throws graft::Error (kUsage) if it cannot be written
+void add_file(const std::string& path);
 
 void debug(std::string_view message);
 void info(std::string_view message);  ///< rank 0 on the terminal, all ranks in their files

@@ -3,6 +3,7 @@
 #include "configs/schema.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 
 #include "configs/check.h"
@@ -220,6 +221,9 @@ FieldDoc describe_section(const std::function<void(Fields&)>& fields) {
 }
 
 std::string read_file(const std::string& path) {
+  std::error_code unknown;  // opening says more; but opening a pipe would wait for its writer
+  GRAFT_CHECK(!std::filesystem::is_fifo(path, unknown), "the config file '", path,
+              "' is a pipe: name a file");
   std::ifstream file(path, std::ios::binary);
   GRAFT_CHECK(file.is_open(), "cannot open the config file '", path, "': is the path right?");
   std::string text(kMaxFileBytes + 1, '\0');  // one more than the parser takes

@@ -256,12 +256,13 @@ bool Loader::usable(const Placement& placement, const std::string& reason) {
 Batch Loader::collate_lane(const Fetched& fetched, const std::vector<bool>& usable,
                            int64_t lane) const {
   const int64_t first_row = lane * config_.rows_per_lane;
-  int64_t longest = 1;
+  int64_t longest = 1, rows = 1;  // rows at the end that nobody fills are not worth computing
   std::vector<Piece> pieces;
   for (size_t i = 0; i < usable.size(); ++i) {
     const Placement& p = fetched.layout.placements[i];
     if (p.row / config_.rows_per_lane != lane) continue;
     longest = std::max(longest, p.length);
+    rows = std::max(rows, p.row - first_row + 1);
     if (!usable[i]) continue;
     pieces.push_back({std::span(fetched.tokens).subspan(fetched.begins[i], p.length),
                       std::span(fetched.loss_mask).subspan(fetched.begins[i], p.length),
@@ -269,7 +270,7 @@ Batch Loader::collate_lane(const Fetched& fetched, const std::vector<bool>& usab
   }
   const int64_t rounded = (longest + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
   return collate(
-      pieces, config_.rows_per_lane,
+      pieces, rows,
       config_.packing == Packing::kOn ? config_.max_length : std::min(rounded, config_.max_length));
 }
 

@@ -105,7 +105,8 @@ class Loader {
   explicit Loader(const LoaderConfig& config);
 
   /// The next step. Packed rows have max_length columns; others are padded to the longest of their
-  /// lane, rounded up to a multiple of 8. At the end of an epoch the rows that are left are empty.
+  /// lane, rounded up to a multiple of 8. At the end of an epoch lanes have fewer rows, or one
+  /// empty one.
   /// A document that cannot be read, or was skipped before, stays as padding in its place, so that
   /// nothing else moves.
   /// @throws graft::Error (kData) for a bad document unless on_bad_sample is kSkip; the cursor

@@ -2,15 +2,26 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <map>
+#include <span>
+
 #include "configs/check.h"
+#include "configs/log.h"
 #include "data/loader.h"
 #include "launcher/progress.h"
+#include "launcher/trainer.h"
 #include "models/io/safetensors.h"
 
 namespace graft::launcher {
 namespace {
 
-constexpr int64_t kLanesPerRank = 2;  // lanes that share one gather of each block
+// A step of evaluation has the same lanes at any world size up to this, so the loss has the same
+// bits.
+constexpr int64_t kLanes = 16;
+constexpr size_t kLanesPerGather = 2;
+
+int64_t lanes_a_rank(const World& world) { return (kLanes + world.size() - 1) / world.size(); }
 
 data::LoaderConfig eval_loader_config(const Run& run, const World& world) {
   GRAFT_CHECK(!run.data.eval.values.empty(), "data.eval names no shards to evaluate on");
@@ -20,9 +31,12 @@ data::LoaderConfig eval_loader_config(const Run& run, const World& world) {
   config.packing = run.data.packing ? data::Packing::kOn : data::Packing::kOff;
   config.shuffle = data::Shuffle::kOff;
   config.rows_per_lane = run.eval.per_device_eval_batch_size;
-  config.num_local_lanes = kLanesPerRank;
-  config.num_lanes = kLanesPerRank * world.size();
-  config.first_lane = kLanesPerRank * world.rank();
+  config.num_lanes = std::max<int64_t>(kLanes, world.size());
+  config.first_lane = std::min(config.num_lanes, lanes_a_rank(world) * world.rank());
+  config.num_local_lanes = std::min(lanes_a_rank(world), config.num_lanes - config.first_lane);
+  config.on_bad_sample =
+      run.data.on_bad_sample == "skip" ? data::OnBadSample::kSkip : data::OnBadSample::kStop;
+  config.report = [](const data::BadSample& bad) { log::warn("skipping " + bad.reason); };
   config.max_samples = run.eval.max_samples.value_or(0);
   config.num_epochs = 1;
   return config;
@@ -31,37 +45,52 @@ data::LoaderConfig eval_loader_config(const Run& run, const World& world) {
 std::vector<models::Lane> lanes_of(data::Loader::Step step, int64_t first, at::Device device) {
   std::vector<models::Lane> lanes;
   for (data::Batch& batch : step.lanes) {
-    for (at::Tensor* t : {&batch.tokens_BL, &batch.positions_BL, &batch.labels_BL})
-      *t = t->to(device);
-    lanes.push_back({std::move(batch), first + static_cast<int64_t>(lanes.size()), 0});
+    const int64_t number = first + static_cast<int64_t>(lanes.size());
+    lanes.push_back(make_lane(std::move(batch), number, device));
   }
   return lanes;
+}
+
+/// Loss and targets of this rank's lanes of a step, [lanes_a_rank, 2] float64. Every rank makes the
+/// same gathers, whether or not it has rows.
+at::Tensor forward(Workbench& bench, std::vector<models::Lane> lanes, const models::Pass& pass) {
+  const int64_t count = lanes_a_rank(bench.world);
+  lanes.resize(static_cast<size_t>(count));
+  at::Tensor sums = at::zeros({count, 2}, at::kDouble);
+  double* row = sums.mutable_data_ptr<double>();
+  for (size_t first = 0; first < lanes.size(); first += kLanesPerGather) {
+    const std::span group =
+        std::span(lanes).subspan(first, std::min(kLanesPerGather, lanes.size() - first));
+    for (const at::Tensor& sum : bench.trunk->forward(group, pass)) {
+      if (sum.defined()) *row = sum.item<double>();
+      row += 2;
+    }
+  }
+  for (int64_t l = 0; l < count; ++l) {
+    sums.mutable_data_ptr<double>()[2 * l + 1] =
+        static_cast<double>(lanes[static_cast<size_t>(l)].batch.num_targets);
+  }
+  return sums;
 }
 
 }  // namespace
 
 EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters) {
-  data::Loader loader(eval_loader_config(run, bench.world));
+  const data::LoaderConfig config = eval_loader_config(run, bench.world);
+  data::Loader loader(config);
+  check_vocabulary(loader.corpus(), bench.model->info());
   models::Pass pass;
   pass.adapters = adapters == Adapters::kOn;
   Progress progress("evaluating");
-  // Every rank lays out the same steps, so all leave this loop together, whether or not they have
-  // rows of the last one.
+  // Every rank lays out the same steps, so all leave this loop together.
   EvalResult result;
   double loss = 0;
   for (bool last = false; !last;) {
     data::Loader::Step step = loader.next();
     last = step.last_of_epoch;
-    const auto lanes =
-        lanes_of(std::move(step), bench.world.rank() * kLanesPerRank, bench.world.device);
-    const auto sums = bench.trunk->forward(lanes, pass);
-    const at::Tensor mine = at::zeros({kLanesPerRank, 2}, at::kDouble);
-    for (size_t l = 0; l < lanes.size(); ++l) {
-      double* row = mine.mutable_data_ptr<double>() + 2 * l;
-      row[0] = sums[l].defined() ? sums[l].item<double>() : 0;
-      row[1] = static_cast<double>(lanes[l].batch.num_targets);
-    }
-    at::Tensor all = at::empty({kLanesPerRank * bench.world.size(), 2}, at::kDouble);
+    const at::Tensor mine =
+        forward(bench, lanes_of(std::move(step), config.first_lane, bench.world.device), pass);
+    at::Tensor all = at::empty({mine.size(0) * bench.world.size(), 2}, at::kDouble);
     bench.world.host->all_gather(mine, all, dist::Traffic::kControl, 0)->wait();
     for (int64_t l = 0; l < all.size(0); ++l) {
       loss += all[l][0].item<double>();
@@ -82,23 +111,36 @@ void write_logits(Workbench& bench, const Run& run, const std::string& path) {
   GRAFT_CHECK(bench.world.size() == 1, "--logits needs one rank, this job has ",
               bench.world.size());
   data::LoaderConfig config = eval_loader_config(run, bench.world);
-  config.rows_per_lane = 1;
-  config.num_lanes = config.num_local_lanes = 1;
+  config.rows_per_lane = config.num_lanes = config.num_local_lanes = 1;
   config.packing = data::Packing::kOff;
   data::Loader loader(config);
+  check_vocabulary(loader.corpus(), bench.model->info());
+  std::vector<models::io::SafetensorsEntry> entries;
+  std::map<std::string, int64_t> rows;
+  for (int64_t row = 0; row < loader.num_documents(); ++row) {
+    const int64_t length = std::min<int64_t>(loader.corpus().length(row), run.data.max_length);
+    const std::string name = "row." + std::to_string(row);
+    entries.push_back({name, "F32", {length, bench.model->info().vocab_size}});
+    rows[name] = row;
+  }
   models::Pass pass;
   pass.want = models::Want::kLogits;
-  models::io::NamedTensors rows;
-  for (bool last = false; !last;) {
-    data::Loader::Step step = loader.next();
-    last = step.last_of_epoch;
-    const auto lanes = lanes_of(std::move(step), 0, bench.world.device);
-    if (lanes.front().batch.empty()) continue;
-    const at::Tensor logits_LV = bench.trunk->forward(lanes, pass).front()[0];
-    rows.emplace_back("row." + std::to_string(rows.size()),
-                      logits_LV.narrow(0, 0, lanes.front().batch.num_tokens).to(at::kFloat).cpu());
-  }
-  models::io::write_safetensors(path, rows, {});
+  const std::string head = models::io::layout_safetensors(entries, {});
+  models::io::write_file(path, [&](const models::io::ByteSink& sink) {
+    sink(std::as_bytes(std::span(head)));
+    for (const auto& entry : entries) {  // in the order of the file; one row in memory at a time
+      if (entry.bytes == 0) continue;
+      loader.seek({0, rows.at(entry.name)});
+      const auto lanes = lanes_of(loader.next(), 0, bench.world.device);
+      const at::Tensor logits_LV = bench.trunk->forward(lanes, pass)
+                                       .front()[0]
+                                       .narrow(0, 0, entry.shape[0])
+                                       .to(at::kFloat)
+                                       .cpu()
+                                       .contiguous();
+      sink({static_cast<const std::byte*>(logits_LV.const_data_ptr()), logits_LV.nbytes()});
+    }
+  });
 }
 
 }  // namespace graft::launcher

@@ -23,12 +23,14 @@ models::Lane lane_of(const std::vector<int64_t>& ids, int64_t position, at::Devi
   return lane;
 }
 
-/// Sampling by Gumbel's trick: the noise is a function of (seed, step, token), so ranks agree
-/// without talking.
+constexpr double kGreedyBelow = 1e-6;  // float32 logits divided by less may overflow
+
+/// Sampling by Gumbel's trick: the noise is a function of (seed, prompt, step, token), so ranks
+/// agree without talking.
 int64_t choose(const at::Tensor& logits_V, const GenerateOptions& options, int64_t step) {
-  if (options.temperature == 0) return logits_V.argmax().item<int64_t>();
+  if (options.temperature < kGreedyBelow) return logits_V.argmax().item<int64_t>();
   at::Tensor noise = at::empty(logits_V.sizes(), logits_V.options());
-  kernels::uniform(noise, kernels::derive({options.seed, 2}, step));
+  kernels::uniform(noise, kernels::derive({options.seed, 2}, options.prompt_number << 32 | step));
   noise.clamp_min_(1e-20).log_().neg_().log_().neg_();
   return (logits_V / options.temperature + noise).argmax().item<int64_t>();
 }

@@ -11,8 +11,9 @@ namespace graft::launcher {
 
 struct GenerateOptions {
   int64_t max_new_tokens = 128;
-  double temperature = 0;  ///< 0: the likeliest token
+  double temperature = 0;  ///< 0, or too small to divide by: the likeliest token
   uint64_t seed = 42;
+  int64_t prompt_number = 0;  ///< equal prompts with different numbers are sampled apart
   std::vector<int64_t> eos_ids;
 };
 

@@ -17,6 +17,7 @@
 #include "models/io/open_source.h"
 #include "models/io/safetensors.h"
 #include "models/match.h"
+#include "peft/adapter_file.h"
 
 namespace graft::launcher {
 namespace {
@@ -73,6 +74,10 @@ std::vector<std::string> adapter_problems(const SafetensorsFile& file, int64_t& 
     const std::string partner = partner_of(entry.name);
     if (!partner.empty() && file.find(partner) == nullptr)
       problems.push_back("missing: " + partner);
+    if (!peft::is_adapter_dtype(entry.dtype)) {
+      problems.push_back("no float: " + entry.name + " is " + entry.dtype);
+      continue;
+    }
     const Tensor value = file.read(entry.name);
     if (!at::isfinite(value).all().item<bool>()) problems.push_back("not finite: " + entry.name);
     const bool last_factor = entry.name.find(".lora_B") != std::string::npos ||
@@ -192,13 +197,13 @@ bool is_supported(const std::string& model_type) {
 /// A model's shape, and whether its tensors are those of the shape (a kData error if not).
 void add_model_facts(const nlohmann::json& config, const models::io::TensorSource& source,
                      Facts& facts) {
+  const std::string type = models::model_type_of(config);
   copy_facts(config,
              {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
               "max_position_embeddings", "tie_word_embeddings"},
              facts);
   add_tensor_facts(source.tensors(), facts);
-  const std::string type = config.value("model_type", "");
   if (is_supported(type)) {
     models::match_weights(*models::make_model(config), source);
     facts["health"] = "tensors and config agree";
@@ -219,7 +224,7 @@ Inspection inspect_model_folder(const std::string& directory) {
 Inspection inspect_gguf(const std::string& path) {
   const models::io::GgufSource source(path);
   const auto& metadata = source.metadata();
-  const std::string arch = metadata.get_string("general.architecture");
+  const std::string& arch = metadata.get_string("general.architecture");
   if (metadata.has("general.type") && metadata.get_string("general.type") == "adapter") {
     Facts facts{{"kind", "GGUF adapter"},
                 {"adapter_type", metadata.get_string("adapter.type")},
@@ -267,6 +272,9 @@ Inspection inspect_any(const std::string& path) {
             (has("checkpoints") ? " (a run: name its adapter or one of its checkpoints)" : "") +
             "; " + kExpected);
   }
+  // Opening a pipe would wait for its writer.
+  GRAFT_CHECK(fs::is_regular_file(path), ExitCode::kData, path, ": not a regular file; ",
+              kExpected);
   const std::string extension = fs::path(path).extension(), magic = first_bytes(path);
   if (magic == "\x89HDF\r\n\x1a\n" || extension == ".h5" || extension == ".hdf5")
     return inspect_shard(path);

@@ -130,6 +130,27 @@ Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int6
   return written;
 }
 
+/// Embedding and head as the model's file has them.
+class SourceWeights : public peft::BaseWeights {
+ public:
+  SourceWeights(const std::vector<models::MatchedWeight>& weights, models::io::TensorSource& source)
+      : weights_(weights), source_(source) {}
+  Tensor weight(const peft::LinearSite& site) override {
+    const auto named = [&](const std::string& name) {
+      return std::find_if(weights_.begin(), weights_.end(),
+                          [&](const auto& weight) { return weight.name == name; });
+    };
+    const auto own = named(site.name + ".weight");  // a tied head has none
+    return source_.read((own == weights_.end() ? named("embed.weight") : own)->source->name)
+        .to(at::kFloat);
+  }
+  Tensor bias(const peft::LinearSite& site) override { GRAFT_ASSERT(false, site.name); }
+
+ private:
+  const std::vector<models::MatchedWeight>& weights_;
+  models::io::TensorSource& source_;
+};
+
 /// Cuts the tensors, in order, into files of at most `limit` bytes (a larger tensor has one of its
 /// own).
 std::vector<std::vector<Planned>> cut(const std::vector<Planned>& planned, int64_t limit) {
@@ -258,6 +279,8 @@ MergeReport merge(const MergeOptions& options) {
   }
   const auto source = models::io::open_source(options.model);
   const auto weights = models::match_weights(*model, *source);
+  SourceWeights base(weights, *source);
+  adapters.check_base_copies(base);
   const auto planned = plan(weights, adapters.slots(), model->info(), options.dtype);
 
   PartialFolder folder(options.output);

@@ -1,5 +1,7 @@
 #include "launcher/metrics.h"
 
+#include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
 #include <sys/resource.h>
 
 #include <cstdio>
@@ -8,6 +10,7 @@
 
 #include "configs/check.h"
 #include "launcher/checkpoint/manifest.h"
+#include "launcher/plan/limit.h"
 
 namespace graft::launcher {
 namespace {
@@ -31,18 +34,31 @@ std::string lines_until(const std::string& path, int64_t step) {
 
 }  // namespace
 
-int64_t peak_memory_bytes(at::Device) {
+int64_t peak_memory_bytes(at::Device device) {
+  if (!device.is_cpu()) {
+    const auto stats = at::accelerator::getDeviceStats(device.index());
+    return stats.reserved_bytes
+        .at(static_cast<size_t>(at::CachingDeviceAllocator::StatType::AGGREGATE))
+        .peak;
+  }
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return int64_t{usage.ru_maxrss} * 1024;
 }
 
-Metrics::Metrics(const std::string& output_dir, int64_t resumed_step, Workbench& bench)
-    : bench_(bench) {
-  gathered_ = bench_.world.comm().bytes(dist::Traffic::kGathered);
-  reduced_ = bench_.world.comm().bytes(dist::Traffic::kReduced);
+Metrics::Metrics(const Run& run, int64_t resumed_step, Workbench& bench) : bench_(bench) {
+  const auto flops = [&](models::Recompute recompute) {
+    return flops_per_token(bench.model->info(), bench.adapters->params().numel(),
+                           run.data.max_length, recompute);
+  };
+  flops_ = flops(models::Recompute::kOff);
+  flops_done_ = run.train.gradient_checkpointing ? flops(models::Recompute::kOn) : flops_;
+  bench_.world.host->barrier();
+  at::Tensor rate = at::full({1}, matmul_rate(bench_.world.device, bench_.dtype), at::kDouble);
+  bench_.world.host->all_reduce(rate, dist::Traffic::kControl);
+  matmul_rate_ = rate.item<double>();
   if (bench_.world.rank() != 0) return;
-  const std::string path = output_dir + "/metrics.jsonl";
+  const std::string path = run.checkpoint.output_dir + "/metrics.jsonl";
   write_text(path, lines_until(path, resumed_step));
   out_.open(path, std::ios::app);
   GRAFT_CHECK(out_.good(), path, ": cannot be written");
@@ -50,16 +66,9 @@ Metrics::Metrics(const std::string& output_dir, int64_t resumed_step, Workbench&
 
 void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> eval_loss,
                    int64_t logging_steps) {
-  const auto now = Clock::now();
-  const double ms = std::chrono::duration<double, std::milli>(now - last_).count();
-  last_ = now;
-  const dist::Comm& comm = bench_.world.comm();
-  const int64_t gathered = comm.bytes(dist::Traffic::kGathered) - gathered_;
-  const int64_t reduced = comm.bytes(dist::Traffic::kReduced) - reduced_;
-  gathered_ += gathered, reduced_ += reduced;
   const int64_t step = trainer.state().step;
   if (bench_.world.rank() != 0) return;
-  const double tokens_per_s = static_cast<double>(r.tokens) * 1000 / ms;
+  const double tokens_per_s = static_cast<double>(r.tokens) * 1000 / r.step_ms;
   std::string details = "step " + std::to_string(step) + "/" + std::to_string(trainer.max_steps()) +
                         "  loss " + fixed(r.loss, "%.4f") + "  " + fixed(tokens_per_s, "%.0f") +
                         " tok/s";
@@ -77,11 +86,13 @@ void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> 
       {"grad_norm", r.grad_norm},
       {"tokens", trainer.state().tokens},
       {"tokens_per_s", tokens_per_s},
-      {"step_ms", ms},
+      {"step_ms", r.step_ms},
       {"data_wait_ms", r.data_wait_ms},
       {"peak_memory_bytes", peak_memory_bytes(bench_.world.device)},
-      {"bytes_gathered", gathered},
-      {"bytes_reduced", reduced}};
+      {"bytes_gathered", r.bytes_gathered},
+      {"bytes_reduced", r.bytes_reduced},
+      {"mfu", tokens_per_s * flops_ / matmul_rate_},
+      {"limit_fraction", tokens_per_s * flops_done_ / matmul_rate_}};
   out_ << line.dump() << '\n' << std::flush;
   GRAFT_CHECK(out_.good(), ExitCode::kData, "metrics.jsonl cannot be written: is the disk full?");
 }

@@ -2,7 +2,6 @@
 // ms and bytes, memory and traffic per rank.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <fstream>
 #include <optional>
@@ -17,18 +16,18 @@ class Metrics {
  public:
   /// Opens output_dir/metrics.jsonl; lines of steps after `resumed_step` are dropped: they will be
   /// made again.
-  Metrics(const std::string& output_dir, int64_t resumed_step, Workbench& bench);
+  /// Collective: the ranks measure their matrix products together.
+  Metrics(const Run& run, int64_t resumed_step, Workbench& bench);
   void step(const StepResult& result, Trainer& trainer, std::optional<double> eval_loss,
             int64_t logging_steps);
   void finish() { progress_.finish(); }
 
  private:
-  using Clock = std::chrono::steady_clock;
   Workbench& bench_;
   std::ofstream out_;
   Progress progress_{"training"};
-  Clock::time_point last_ = Clock::now();
-  int64_t gathered_ = 0, reduced_ = 0;  ///< bytes so far
+  double flops_, flops_done_;  ///< of a token: needed, and with what recomputation repeats
+  double matmul_rate_;         ///< of all ranks, operations a second
 };
 
 /// The most memory this process ever held, in bytes: of the device on a GPU, else resident.

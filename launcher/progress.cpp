@@ -1,7 +1,9 @@
 #include "launcher/progress.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -16,11 +18,26 @@ std::string format(const char* pattern, double value, const char* unit) {
   return text;
 }
 
-std::string bar(double fraction) {
-  constexpr int kWidth = 24;
-  const int full = static_cast<int>(fraction * kWidth);
-  return "[" + std::string(static_cast<size_t>(full), '=') +
-         std::string(static_cast<size_t>(kWidth - full), ' ') + "]";
+size_t terminal_columns() {
+  winsize size{};
+  return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
+/// "what [====  ] rest" within the terminal's width: the bar gives way first, then the line's end.
+std::string with_bar(const std::string& what, double fraction, const std::string& rest) {
+  constexpr size_t kWidest = 24, kNarrowest = 6;
+  const size_t columns = terminal_columns() - 1;  // a full line would wrap
+  const size_t others = what.size() + rest.size() + 4;
+  const size_t width = std::min(kWidest, columns > others ? columns - others : 0);
+  std::string line = what + " ";
+  if (width >= kNarrowest) {
+    const auto full = static_cast<size_t>(fraction * static_cast<double>(width));
+    line += "[" + std::string(full, '=') + std::string(width - full, ' ') + "] ";
+  }
+  line += rest;
+  size_t end = std::min(columns, line.size());
+  while (end < line.size() && (line[end] & 0xC0) == 0x80) --end;  // not inside a character
+  return line.substr(0, end);
 }
 
 }  // namespace
@@ -50,26 +67,34 @@ void Progress::update(int64_t done, int64_t total, const std::string& details) {
   const auto now = Clock::now();
   const bool terminal = isatty(STDERR_FILENO) == 1;
   const auto pause = terminal ? std::chrono::milliseconds(100) : std::chrono::milliseconds(5000);
+  if (first_done_ < 0) first_done_ = done, first_update_ = now;
   if (!enabled || total <= 0 || (now - shown_ < pause && done < total)) return;
-  const double fraction = static_cast<double>(done) / static_cast<double>(total);
-  const double elapsed = std::chrono::duration<double>(now - start_).count();
-  std::string line = what_ + " " + (terminal ? bar(fraction) + " " : "") +
-                     std::to_string(static_cast<int>(fraction * 100)) + "%";
-  if (!details.empty()) line += "  " + details;
-  if (done > 0 && done < total)
-    line += "  " + duration_text(elapsed / fraction - elapsed) + " left";
+  const auto seconds_since = [now](Clock::time_point then) {
+    return std::chrono::duration<double>(now - then).count();
+  };
   // A quick job is not worth a line in a log.
+  if (!terminal && details.empty() && seconds_since(start_) < 2) return;
+  const double fraction = static_cast<double>(done) / static_cast<double>(total);
+  std::string text = std::to_string(static_cast<int>(fraction * 100)) + "%";
+  if (!details.empty()) text += "  " + details;
+  if (done == total) {
+    text += "  in " + duration_text(seconds_since(start_));
+  } else if (done > first_done_) {
+    const double each = seconds_since(first_update_) / static_cast<double>(done - first_done_);
+    text += "  " + duration_text(each * static_cast<double>(total - done)) + " left";
+  }
   if (terminal) {
-    std::fprintf(stderr, "\r\033[K%s", line.c_str());
-  } else if (shown_ != Clock::time_point{} || !details.empty() || elapsed > 2) {
-    std::fprintf(stderr, "%s\n", line.c_str());
+    std::fprintf(stderr, "\r\033[K%s", with_bar(what_, fraction, text).c_str());
+  } else {
+    std::fprintf(stderr, "%s %s\n", what_.c_str(), text.c_str());
   }
   shown_ = now;
   drawn_ = terminal;
+  stays_ = !details.empty();
 }
 
 void Progress::finish() {
-  if (drawn_) std::fprintf(stderr, "\r\033[K");
+  if (drawn_) std::fputs(stays_ ? "\n" : "\r\033[K", stderr);
   drawn_ = false;
 }
 

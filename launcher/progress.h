@@ -16,9 +16,13 @@ std::string bytes_text(int64_t bytes);
 class Progress {
  public:
   explicit Progress(std::string what);
+  ~Progress() { finish(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
   void update(int64_t done, int64_t total);
   /// The same, with text of the caller's between the bar and the time left.
   void update(int64_t done, int64_t total, const std::string& details);
+  /// Ends the line: one with details stays on the terminal, any other is wiped off.
   void finish();
 
   static void set_enabled(bool enabled);  ///< off on ranks other than 0
@@ -26,8 +30,9 @@ class Progress {
  private:
   using Clock = std::chrono::steady_clock;
   std::string what_;
-  Clock::time_point start_ = Clock::now(), shown_{};
-  bool drawn_ = false;
+  Clock::time_point start_ = Clock::now(), first_update_{}, shown_{};
+  int64_t first_done_ = -1;  ///< at the first update: a resumed run does not begin at 0
+  bool drawn_ = false, stays_ = false;
 };
 
 }  // namespace graft::launcher

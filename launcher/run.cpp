@@ -4,6 +4,7 @@
 
 #include "configs/check.h"
 #include "configs/yaml.h"
+#include "peft/peft.h"
 
 namespace graft::launcher {
 namespace {
@@ -48,6 +49,15 @@ void Run::fields(Fields& f) {
   f("peft", peft, "what is trained; methods stack in order");
   f.require(data.train.values.empty() || !peft.empty(), "peft",
             "is missing: name a method, such as [{method: lora}]");
+}
+
+Run load_run(const std::string& path, const std::vector<std::string>& overrides) {
+  auto run = configs::load_config<Run>(path, overrides);
+  for (peft::MethodEntry& entry : run.peft) {
+    if (entry.method == nullptr)
+      entry.method = peft::method_of_directory(*entry.init_from, entry.name);
+  }
+  return run;
 }
 
 std::vector<std::string> resume_conflicts(const std::string& saved, const std::string& current) {

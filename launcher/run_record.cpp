@@ -3,10 +3,13 @@
 #include <ATen/Version.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 
+#include "kernels/device.h"
 #include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/version.h"
@@ -21,9 +24,46 @@ std::string utc_now() {
   return text;
 }
 
+/// "1 node", "2 nodes".
+std::string counted(int64_t n, const std::string& what) {
+  return std::to_string(n) + " " + what + (n == 1 ? "" : "s");
+}
+
 std::string device_text(const World& world) {
-  return world.device.is_cuda() ? world.device.str()
-                                : std::to_string(world.threads) + " CPU threads";
+  return world.device.is_cuda() ? world.device.str() : counted(world.threads, "CPU thread");
+}
+
+/// As the run file writes it.
+std::string dtype_text(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? "bfloat16" : "float32";
+}
+
+/// The words this process was started with.
+std::vector<std::string> command_line() {
+  std::ifstream in("/proc/self/cmdline", std::ios::binary);
+  std::vector<std::string> words;
+  for (std::string word; std::getline(in, word, '\0');) words.push_back(word);
+  return words;
+}
+
+#ifdef GRAFT_WITH_CUDA
+std::string gpu_name(at::Device device) {
+  cudaDeviceProp gpu{};
+  if (device.is_cuda()) CUDA_CHECK(cudaGetDeviceProperties(&gpu, device.index()));
+  return gpu.name;
+}
+#else
+std::string gpu_name(at::Device) { return ""; }
+#endif
+
+/// What the ranks say, each text once, in the order of the ranks.
+std::vector<std::string> different_texts(World& world, const std::string& text) {
+  std::vector<std::string> seen;
+  for (const std::string& other : dist::gather_texts(*world.host, text)) {
+    if (!other.empty() && std::find(seen.begin(), seen.end(), other) == seen.end())
+      seen.push_back(other);
+  }
+  return seen;
 }
 
 }  // namespace
@@ -33,13 +73,15 @@ nlohmann::ordered_json run_record(const Workbench& bench, const Run& run) {
   return {{"graft", version_text()},
           {"libtorch", TORCH_VERSION},
           {"started", utc_now()},
-          {"host", t.host},
+          {"command", command_line()},
+          {"hosts", different_texts(bench.world, t.host)},
+          {"gpus", different_texts(bench.world, gpu_name(bench.world.device))},
           {"world", t.world},
           {"nodes", t.num_nodes},
           {"launcher", t.source},
           {"device", bench.world.device.str()},
           {"threads_per_rank", bench.world.threads},
-          {"compute_dtype", c10::toString(bench.dtype)},
+          {"compute_dtype", dtype_text(bench.dtype)},
           {"seed", run.train.seed},
           {"base", run.model.name_or_path},
           {"base_fingerprint", bench.fingerprint},
@@ -54,27 +96,27 @@ std::string banner(const Workbench& bench, Trainer& trainer, const Run& run) {
   std::string methods;
   for (const auto& entry : run.peft) methods += (methods.empty() ? "" : " + ") + entry.name;
   const int ranks = bench.world.size();
+  const data::Loader& loader = trainer.loader();
+  std::string step = std::to_string(trainer.num_lanes()) + " x " +
+                     std::to_string(run.train.per_device_train_batch_size) + " x " +
+                     std::to_string(run.data.max_length) + " tokens";
+  if (trainer.lanes_per_gather() < trainer.num_lanes() / ranks)
+    step += " (each gather serves " + counted(trainer.lanes_per_gather(), "lane") +
+            " of a rank's " + std::to_string(trainer.num_lanes() / ranks) + ")";
   return "base     " + run.model.name_or_path + "  " + count_text(base) + " parameters, " +
          run.model.quantization + ", " + bytes_text(bench.store->resident_bytes()) + " a rank\n" +
          "train    " + methods + "  " + count_text(trained) + " parameters (" + share + ")\n" +
-         "step     " + std::to_string(trainer.num_lanes()) + " x " +
-         std::to_string(run.train.per_device_train_batch_size) + " x " +
-         std::to_string(run.data.max_length) + " tokens, " + std::to_string(trainer.max_steps()) +
-         " steps from " + std::to_string(trainer.state().step) + ", " +
-         std::to_string(trainer.loader().num_documents()) + " documents\n" + "ranks    " +
-         std::to_string(ranks) + " on " + std::to_string(bench.world.topology.num_nodes) +
-         " node(s), " + device_text(bench.world) + " each, " + c10::toString(bench.dtype);
+         "data     " + counted(loader.num_documents(), "document") + ", " +
+         std::to_string(loader.num_cut_documents()) + " longer than data.max_length (cut)\n" +
+         "step     " + step + ", " + counted(trainer.max_steps(), "step") + " from " +
+         std::to_string(trainer.state().step) + "\n" + "ranks    " + std::to_string(ranks) +
+         " on " + counted(bench.world.topology.num_nodes, "node") + ", " +
+         device_text(bench.world) + " each, " + dtype_text(bench.dtype);
 }
 
 std::string log_file(const std::string& output_dir, int rank) {
   std::filesystem::create_directories(output_dir + "/logs");
   return output_dir + "/logs/rank-" + std::to_string(rank) + ".log";
-}
-
-std::string checkpoint_path(const std::string& output_dir, int64_t step) {
-  char name[32];
-  std::snprintf(name, sizeof name, "/checkpoints/step-%08lld", static_cast<long long>(step));
-  return output_dir + name;
 }
 
 }  // namespace graft::launcher

@@ -9,12 +9,12 @@
 
 namespace graft::launcher {
 
-/// Versions, hosts, topology, seeds, fingerprint.
+/// Versions, command, hosts, topology, seeds, fingerprint. Collective.
 nlohmann::ordered_json run_record(const Workbench& bench, const Run& run);
 /// A few lines: base, what is trained, what a step is, where it runs.
 std::string banner(const Workbench& bench, Trainer& trainer, const Run& run);
 
+/// Makes the folder. @throws std::filesystem::filesystem_error
 std::string log_file(const std::string& output_dir, int rank);
-std::string checkpoint_path(const std::string& output_dir, int64_t step);
 
 }  // namespace graft::launcher

@@ -5,9 +5,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <csignal>
 #include <cstdlib>
+#include <utility>
 
 #include "configs/check.h"
 #include "launcher/version.h"
@@ -56,10 +58,20 @@ nlohmann::json TokenizerPipe::ask(const nlohmann::json& question) {
   const ssize_t length = getline(&answer, &capacity, from_);
   const std::string text(answer, length > 0 ? static_cast<size_t>(length) : 0);
   std::free(answer);
-  GRAFT_CHECK(!text.empty(), "the tokenizer could not be loaded (see above)");
-  const nlohmann::json reply = models::io::parse_json(text, "tokenizer");
-  GRAFT_CHECK(!reply.contains("error"), "tokenizer: ", reply.value("error", ""));
+  if (text.empty()) fail_as_the_helper_did();
+  nlohmann::json reply = models::io::parse_json(text, "tokenizer");
+  GRAFT_CHECK(!reply.contains("error"), static_cast<ExitCode>(reply.value("exit_code", 1)),
+              "tokenizer: ", reply.value("error", ""));
   return reply;
+}
+
+void TokenizerPipe::fail_as_the_helper_did() {
+  int status = 0;
+  waitpid(std::exchange(child_, -1), &status, 0);
+  const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+  throw Error(static_cast<ExitCode>(std::max(code, static_cast<int>(ExitCode::kBug))),
+              "the tokenizer's helper process ended (see above); does " + python() +
+                  " have the packages that cluster/install.sh installs?");
 }
 
 std::vector<int64_t> TokenizerPipe::render(const std::string& prompt) {

@@ -20,7 +20,8 @@ struct StepResult {
   int64_t tokens = 0;  ///< tokens of the step that are not padding, all ranks
   int64_t targets = 0;
   double epoch = 0;
-  double data_wait_ms = 0;
+  double step_ms = 0, data_wait_ms = 0;
+  int64_t bytes_gathered = 0, bytes_reduced = 0;  ///< received by this rank
   bool skipped = false;         ///< no target in the step, or gradients that are not finite
   bool stop_requested = false;  ///< some rank was asked to end
 };
@@ -45,6 +46,8 @@ class Trainer {
 
   int64_t max_steps() const { return schedule_.max_steps; }
   int64_t num_lanes() const { return num_lanes_; }
+  /// Lanes of this rank that share one gather of each block: parallel.lanes_per_gather.
+  int64_t lanes_per_gather() const { return lanes_per_gather_; }
   TrainState& state() { return state_; }
   AdamW& optimizer() { return optimizer_; }
   data::Loader& loader() { return loader_; }
@@ -54,24 +57,43 @@ class Trainer {
  private:
   struct Sums {
     double loss = 0, targets = 0, tokens = 0;
-    bool stop = false;
+    bool stop = false, bad_samples = false;
   };
+  models::Recompute recompute() const;
   std::vector<models::Lane> next_lanes();
   Sums sum_over_ranks(const std::vector<models::Lane>& lanes, bool stop_requested);
+  void agree_on_bad_samples();
   bool finite(double grad_norm);
+  StepResult update(const Sums& sums);
 
   Workbench& bench_;
   const Run& run_;
-  int64_t num_lanes_;
+  int64_t num_lanes_, lanes_per_gather_;
   data::Loader loader_;
   Gradients gradients_;
   AdamW optimizer_;
   Schedule schedule_;
   TrainState state_;
-  double data_wait_ms_ = 0;
+  int64_t first_step_ = 0, targets_ = 0;  ///< of this session: where it began, tokens learnt from
+  std::vector<data::BadSample> bad_samples_;  ///< met by this rank in this step
 };
 
 /// How the files, rows and lanes of a run become a loader's configuration.
 data::LoaderConfig train_loader_config(const Run& run, const World& world);
+
+Schedule schedule_of(const Run& run, const data::Loader& loader);
+
+/// Warns of rows beyond the model's positions, and of a micro-batch that will not fit.
+void warn_of_size(const Run& run, const World& world, const models::ModelInfo& model,
+                  at::ScalarType dtype);
+
+/// A batch on its way, on `device`; the numbers of its documents stay on the host.
+models::Lane make_lane(data::Batch batch, int64_t number, at::Device device);
+
+/// @throws graft::Error (kData) if a shard was made with a larger vocabulary than the model's
+void check_vocabulary(const data::Corpus& corpus, const models::ModelInfo& model);
+/// @throws graft::Error (kData) if held-out rows were made with another tokenizer than the rows
+/// trained on
+void check_same_tokenizer(const data::Corpus& train, const data::Corpus& held_out);
 
 }  // namespace graft::launcher

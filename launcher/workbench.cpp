@@ -103,7 +103,8 @@ Workbench build_workbench(World& world, Run& config) {
       bench.shard_comm ? *bench.shard_comm : world.comm(), world.device);
   load_base(bench, config);
   bench.adapters->initialize(*bench.base_weights());
-  bench.trunk = std::make_unique<models::Trunk>(*bench.model, *bench.store);
+  bench.trunk =
+      std::make_unique<models::Trunk>(*bench.model, *bench.store, config.parallel.prefetch_blocks);
   return bench;
 }
 

@@ -63,7 +63,7 @@ World join_world(const dist::Topology& topology, dist::MpiSession* session,
   if (session != nullptr) start_watchdog(world, *session, deadline);
   dist::place_on_nodes(world.topology, *world.host);
   if (at::hasCUDA()) {
-    const int devices = at::accelerator::deviceCount();
+    const auto devices = static_cast<int>(at::accelerator::deviceCount());
     GRAFT_CHECK(world.topology.local_rank < devices, "rank ", world.topology.rank, " is number ",
                 world.topology.local_rank, " on ", world.topology.host, ", which shows ", devices,
                 " GPU(s); start as many ranks a node as it has GPUs");

@@ -4,7 +4,11 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
+#include <map>
+#include <set>
+#include <type_traits>
 
 #include "configs/check.h"
 #include "configs/schema.h"
@@ -12,6 +16,8 @@
 #include "kernels/random/random.h"
 #include "models/io/gguf_source.h"
 #include "models/io/json_file.h"
+#include "models/io/open_source.h"
+#include "models/match.h"
 #include "models/names.h"
 
 namespace graft::models {
@@ -48,65 +54,164 @@ Json read_shape_file(const std::string& path) {
   return to_json(*root);
 }
 
+/// A metadata value as a number, NaN if it is a text or a list.
+double number_of(const io::GgufValue& value) {
+  return std::visit(
+      [](const auto& v) {
+        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(v)>>) {
+          return static_cast<double>(v);
+        } else {
+          return std::nan("");
+        }
+      },
+      value);
+}
+
+/// Refuses what the file says about its architecture and read_gguf does not read, unless it says
+/// what is computed anyway. (llama.cpp takes a scale of 0 for one that is not set.)
+void check_hyperparameters(const io::GgufMetadata& metadata, const std::string& prefix,
+                           double head_dim, const std::string& path) {
+  static const std::set<std::string_view> kRead = {
+      "embedding_length", "block_count", "feed_forward_length", "context_length", "vocab_size",
+      "attention.head_count", "attention.head_count_kv", "attention.key_length",
+      "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base",
+      "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
+      "rope.scaling.original_context_length",
+      // These say how the file came about, not what is computed.
+      "rope.scaling.finetuned", "tensor_data_layout"};
+  const std::map<std::string_view, std::vector<double>> computed = {
+      {"rope.dimension_count", {head_dim}},
+      {"rope.scaling.attn_factor", {1}},
+      {"rope.scaling.yarn_ext_factor", {-1}},
+      {"rope.scaling.yarn_attn_factor", {1}},
+      {"rope.scaling.yarn_beta_fast", {32}},
+      {"rope.scaling.yarn_beta_slow", {1}},
+      {"rope.scaling.yarn_log_multiplier", {0}},
+      {"attention.value_length", {head_dim}},
+      {"attention.scale", {1 / std::sqrt(head_dim), 0}},
+      {"attention.causal", {1}},
+      {"attention.clamp_kqv", {0}},
+      {"attention.max_alibi_bias", {0}},
+      {"logit_scale", {1, 0}},
+      {"embedding_scale", {1, 0}},
+      {"residual_scale", {1, 0}},
+      {"use_parallel_residual", {0}},
+      {"expert_count", {0}},
+      {"expert_used_count", {0}},
+  };
+  for (const auto& [key, value] : metadata.values()) {
+    if (!key.starts_with(prefix)) continue;
+    const std::string_view name = std::string_view(key).substr(prefix.size());
+    if (kRead.contains(name)) continue;
+    const auto found = computed.find(name);
+    const double number = number_of(value);
+    const bool harmless =
+        found != computed.end() &&
+        std::any_of(found->second.begin(), found->second.end(), [&](double expected) {
+          return std::abs(number - expected) <= 1e-6 * std::abs(expected);
+        });
+    GRAFT_CHECK(
+        harmless, ExitCode::kData, path, ": metadata '", key, "'",
+        std::isnan(number) ? "" : " = " + std::to_string(number),
+        " is not supported: it changes what the model computes",
+        found == computed.end() ? "" : " (expected " + std::to_string(found->second.front()) + ")");
+  }
+}
+
+/// The rope_parameters of a GGUF file. llama.cpp scales linearly if a factor comes without a type.
+Json read_gguf_rope(const io::GgufMetadata& m, const std::string& prefix) {
+  const auto number = [&](const char* name, double fallback) {
+    return m.has(prefix + name) ? m.get_float(prefix + name) : fallback;
+  };
+  Json rope = {{"rope_type", "default"}, {"rope_theta", number("rope.freq_base", 10000.0)}};
+  const std::string type_key = prefix + "rope.scaling.type";
+  const std::string type = m.has(type_key) ? m.get_string(type_key) : "linear";
+  const double factor = number("rope.scaling.factor", number("rope.scale_linear", 0));
+  if (type == "none" || (type == "linear" && factor == 0)) return rope;
+  rope["rope_type"] = type;
+  rope["factor"] = factor;
+  const std::string original = prefix + "rope.scaling.original_context_length";
+  if (m.has(original)) rope["original_max_position_embeddings"] = m.get_int(original);
+  return rope;
+}
+
 /// llama.cpp's hyperparameters under Hugging Face's names.
 Json read_gguf(const std::string& path) {
   const io::GgufSource source(path);
   const io::GgufMetadata& m = source.metadata();
-  const std::string arch = m.get_string("general.architecture");
-  const auto key = [&](const char* tail) { return arch + "." + tail; };
-  Json config = {
-      {"model_type", arch},  // a Mistral file says llama: the same mathematics
-      {"hidden_size", m.get_int(key("embedding_length"))},
-      {"num_hidden_layers", m.get_int(key("block_count"))},
-      {"num_attention_heads", m.get_int(key("attention.head_count"))},
-      {"intermediate_size", m.get_int(key("feed_forward_length"))},
-      {"max_position_embeddings", m.get_int(key("context_length"))},
-      {"rms_norm_eps", m.get_float(key("attention.layer_norm_rms_epsilon"))},
-      {"tie_word_embeddings", source.find("output.weight") == nullptr},
-      {"attention_bias", source.find("blk.0.attn_q.bias") != nullptr},
+  const std::string arch = m.get_string("general.architecture"), prefix = arch + ".";
+  const auto integer = [&](const char* name) { return m.get_int(prefix + name); };
+  const auto integer_or = [&](const char* name, int64_t fallback) {
+    return m.has(prefix + name) ? integer(name) : fallback;
   };
   const io::SourceTensor* table = source.find("token_embd.weight");
   GRAFT_CHECK(table != nullptr && table->shape.size() == 2, ExitCode::kData, path,
               ": no token_embd.weight");
-  config["vocab_size"] = table->shape[0];
-  const auto copy_int = [&](const char* tail, const char* name) {
-    if (m.has(key(tail))) config[name] = m.get_int(key(tail));
-  };
-  copy_int("attention.head_count_kv", "num_key_value_heads");
-  copy_int("attention.key_length", "head_dim");
-  copy_int("attention.sliding_window", "sliding_window");
-  Json rope = {
-      {"rope_type", "default"},
-      {"rope_theta", m.has(key("rope.freq_base")) ? m.get_float(key("rope.freq_base")) : 10000.0}};
-  if (m.has(key("rope.scaling.type")) && m.get_string(key("rope.scaling.type")) != "none") {
-    rope["rope_type"] = m.get_string(key("rope.scaling.type"));
-    rope["factor"] = m.get_float(key("rope.scaling.factor"));
-    if (m.has(key("rope.scaling.original_context_length"))) {
-      rope["original_max_position_embeddings"] =
-          m.get_int(key("rope.scaling.original_context_length"));
-    }
-  }
   // Llama 3 scaling is stored as divisors of the frequencies, computed from constants that the file
   // does not hold.
   GRAFT_CHECK(
       source.find("rope_freqs.weight") == nullptr, ExitCode::kData, path,
       ": holds rope_freqs.weight (Llama 3.1 scaling); use the safetensors files of this model");
-  config["rope_parameters"] = rope;
+  const int64_t width = integer("embedding_length"), heads = integer("attention.head_count");
+  const int64_t head_dim =
+      integer_or("attention.key_length", heads > 0 ? width / heads : int64_t{0});
+  check_hyperparameters(m, prefix, static_cast<double>(head_dim), path);
+  const int64_t window = integer_or("attention.sliding_window", 0);
+  GRAFT_CHECK(window == 0 || arch == "llama", ExitCode::kData, path, ": metadata '", prefix,
+              "attention.sliding_window' = ", window, " is not supported in this architecture");
+  return {
+      // A Mistral file says llama: the same mathematics but for the window.
+      {"model_type", window == 0 ? arch : "mistral"},
+      {"hidden_size", width},
+      {"num_hidden_layers", integer("block_count")},
+      {"num_attention_heads", heads},
+      {"num_key_value_heads", integer_or("attention.head_count_kv", heads)},
+      {"head_dim", head_dim},
+      {"intermediate_size", integer("feed_forward_length")},
+      {"vocab_size", table->shape[0]},
+      {"max_position_embeddings", integer("context_length")},
+      {"rms_norm_eps", m.get_float(prefix + "attention.layer_norm_rms_epsilon")},
+      {"tie_word_embeddings", source.find("output.weight") == nullptr},
+      {"attention_bias", source.find("blk.0.attn_q.bias") != nullptr},
+      {"sliding_window", window == 0 ? Json() : Json(window)},
+      {"rope_parameters", read_gguf_rope(m, prefix)},
+  };
+}
+
+/// Whether the folder's weights have a head that is not the embedding's table. One table is in
+/// memory at a time.
+bool has_own_head(const std::string& folder) {
+  if (!io::has_safetensors(folder)) return false;  // a config without weights
+  const auto source = io::open_source(folder);
+  const io::SourceTensor* table = source->find(kEmbeddingTensor);
+  const io::SourceTensor* head = source->find(kHeadTensor);
+  if (table == nullptr || head == nullptr) return false;
+  if (table->shape != head->shape || table->dtype != head->dtype) return true;
+  const auto hash = [&](const io::SourceTensor& tensor) {
+    const Tensor values = source->read(tensor.name);
+    return XXH3_128bits(values.const_data_ptr(), values.nbytes());
+  };
+  return XXH128_isEqual(hash(*table), hash(*head)) == 0;
+}
+
+Json read_folder(const std::string& folder) {
+  const std::string path = folder + "/config.json";
+  GRAFT_CHECK(std::filesystem::exists(path), ExitCode::kData, folder,
+              ": no config.json; expected a Hugging Face model folder");
+  Json config = io::read_json_file(path);
+  GRAFT_CHECK(config.is_object(), ExitCode::kData, path, ": expected a JSON object, found ",
+              config.type_name());
+  const auto tied = config.find("tie_word_embeddings");
+  if (tied != config.end() && *tied == true && has_own_head(folder)) *tied = false;
   return config;
 }
 
 class RandomSource : public io::TensorSource {
  public:
   RandomSource(Model& model, uint64_t seed) : seed_(seed) {
-    struct Collect : Visitor {
-      std::vector<io::SourceTensor>& tensors;
-      const NameMap& names;
-      Collect(std::vector<io::SourceTensor>& t, const NameMap& n) : tensors(t), names(n) {}
-      void weight(const std::string& name, Weight& w) override {
-        tensors.push_back({names.to_hf(name)->name, w.shape(), "F32", w.numel() * 4});
-      }
-    } collect(tensors_, model.names());
-    for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, collect);
+    for_each_weight(model, [&](int, const std::string& name, const Weight& w) {
+      tensors_.push_back({model.names().to_hf(name)->name, w.shape(), "F32", w.numel() * 4});
+    });
     std::sort(tensors_.begin(), tensors_.end(),
               [](const auto& a, const auto& b) { return a.name < b.name; });
   }
@@ -130,12 +235,7 @@ class RandomSource : public io::TensorSource {
 
 nlohmann::json read_base_config(const std::string& path) {
   namespace fs = std::filesystem;
-  if (fs::is_directory(path)) {
-    const std::string config = path + "/config.json";
-    GRAFT_CHECK(fs::exists(config), ExitCode::kData, path,
-                ": no config.json; expected a Hugging Face model folder");
-    return io::read_json_file(config);
-  }
+  if (fs::is_directory(path)) return read_folder(path);
   GRAFT_CHECK(fs::exists(path), ExitCode::kUsage, "model.name_or_path: ", path,
               " does not exist (a Hugging Face folder, a .gguf file, or a shape such as "
               "configs/models/tiny_llama.yaml)");

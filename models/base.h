@@ -14,9 +14,15 @@
 namespace graft::models {
 
 /// What a base's files say, in the field names of Hugging Face's config.json: a folder's
-/// config.json, a GGUF file's metadata, or a shape file (configs/models/X.yaml).
-/// @throws graft::Error (kData) naming the file
+/// config.json, a GGUF file's metadata, or a shape file (configs/models/X.yaml). As in
+/// transformers, a folder whose head is there and differs from the embedding is not tied, whatever
+/// its config says: tie_word_embeddings is then false.
+/// @throws graft::Error (kData) naming the file; of a GGUF file also the hyperparameter that would
+/// change what the model computes and is not known here
 nlohmann::json read_base_config(const std::string& path);
+
+/// A config's model_type, empty if it has none. @throws graft::Error (kData) if it is not a string
+std::string model_type_of(const nlohmann::json& config);
 
 /// The model of a config's model_type, without weights.
 /// @throws graft::Error (kData) for a model_type that no family has, with the list

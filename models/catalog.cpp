@@ -32,6 +32,14 @@ const std::vector<FamilyFacts>& families() {
   return facts;
 }
 
+std::string model_type_of(const nlohmann::json& config) {
+  const auto type = config.find("model_type");
+  if (type == config.end()) return "";
+  GRAFT_CHECK(type->is_string(), ExitCode::kData, "model config: model_type = ", type->dump(),
+              ", expected a string");
+  return type->get<std::string>();
+}
+
 std::unique_ptr<Model> make_model(const nlohmann::json& config) {
   using Make = std::unique_ptr<Model> (*)(const nlohmann::json&);
   static const std::vector<Make> makers = {
@@ -39,7 +47,7 @@ std::unique_ptr<Model> make_model(const nlohmann::json& config) {
 #include "models/models.def"
 #undef MODEL
   };
-  const std::string type = config.value("model_type", "");
+  const std::string type = model_type_of(config);
   std::vector<std::string> known;
   for (size_t i = 0; i < makers.size(); ++i) {
     for (const std::string& name : families()[i].model_types) {

@@ -67,36 +67,41 @@ std::string hash_of(const io::FourBit& m) {
   return hash_of(at::cat(parts));
 }
 
+/// The payload of a matrix whose codes the file holds.
+Tensor keep_codes(const MatchedWeight& item, const io::FourBit& m, const std::string& where) {
+  const WeightFormat& format = item.weight->format();
+  const bool same_type = item.source->dtype == (format.kind == WeightFormat::Kind::kNf4   ? "nf4"
+                                                : format.kind == WeightFormat::Kind::kFp4 ? "fp4"
+                                                                                          : "");
+  GRAFT_CHECK(same_type && m.nested() == format.nested, where, ": stored as ", item.source->dtype,
+              m.nested() ? " with" : " without", " double quantisation, the run asks for ",
+              format.name(), "; set model.quantization: ", item.source->dtype,
+              " and model.double_quantization: ", m.nested() ? "true" : "false",
+              " to keep the file's codes");
+  GRAFT_CHECK(!m.nested() || at::equal(m.nested_code, kernels::dynamic_map()), ExitCode::kData,
+              where, ": has a nested_quant_map that is not bitsandbytes' dynamic map");
+  return item.weight->encode(kernels::FourBitCodes{
+      format.four_bit_type(), m.codes, m.absmax, m.nested_absmax, m.nested_offset, {}});
+}
+
 /// The payload of one weight, and the hash of what it came from.
 std::pair<Tensor, std::string> read(const MatchedWeight& item, io::TensorSource& source,
                                     int64_t head_dim, const LoadOptions& options) {
-  const WeightFormat& format = item.weight->format();
+  const std::string where = source.describe() + ": " + item.source->name;
   const auto four_bit = source.read_four_bit(item.source->name);
-  std::string hash = four_bit ? hash_of(*four_bit) : "";
-  const bool same_codes =
-      (format.kind == WeightFormat::Kind::kNf4 && item.source->dtype == "nf4") ||
-      (format.kind == WeightFormat::Kind::kFp4 && item.source->dtype == "fp4");
-  if (four_bit && same_codes && four_bit->nested() == format.nested && !options.prepare_weight) {
-    kernels::FourBitCodes codes{format.kind == WeightFormat::Kind::kNf4
-                                    ? kernels::FourBitType::kNf4
-                                    : kernels::FourBitType::kFp4,
-                                four_bit->codes,
-                                four_bit->absmax,
-                                four_bit->nested_absmax,
-                                four_bit->nested_offset,
-                                {}};
-    GRAFT_CHECK(!four_bit->nested() || at::equal(four_bit->nested_code, kernels::dynamic_map()),
-                ExitCode::kData, source.describe(), ": ", item.source->name,
-                " has a nested_quant_map that is not bitsandbytes' dynamic map");
-    return {item.weight->encode(codes), std::move(hash)};
+  const bool prepared = options.prepare_weight && item.weight->use() == WeightUse::kMatrix;
+  if (four_bit && item.weight->format().kind != WeightFormat::Kind::kDense && !prepared) {
+    return {keep_codes(item, *four_bit, where), hash_of(*four_bit)};
   }
   Tensor dense = source.read(item.source->name).contiguous();
-  if (!four_bit) hash = hash_of(dense);
+  std::string hash = four_bit ? hash_of(*four_bit) : hash_of(dense);
   if (item.transform != Transform::kIdentity) dense = rope_rows_from_gguf(dense, head_dim);
-  if (options.prepare_weight && item.weight->use() == WeightUse::kMatrix) {
-    dense = options.prepare_weight(item.name, dense);
+  if (prepared) dense = options.prepare_weight(item.name, dense);
+  try {
+    return {item.weight->encode(dense), std::move(hash)};
+  } catch (const Error& error) {
+    throw Error(error.code(), where + ": " + error.what());
   }
-  return {item.weight->encode(dense), std::move(hash)};
 }
 
 }  // namespace

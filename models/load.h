@@ -35,8 +35,9 @@ struct SourceHash {
 /// Lays the model's weights out in the store, reads them and checks that source and model agree.
 /// Collective over the store's ranks.
 /// @return the hashes of the tensors this rank read
-/// @throws graft::Error (kData) with three lists: tensors not known, weights not filled, shapes
-/// that differ
+/// A matrix that the file holds in four bits keeps its codes bit for bit.
+/// @throws graft::Error (kData) as match_weights; (kUsage) if the file holds a matrix in four bits
+/// of another type or nesting than the options ask for
 std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store,
                                      io::TensorSource& source, const LoadOptions& options);
 

@@ -10,18 +10,12 @@
 namespace graft::models {
 namespace {
 
-std::vector<MatchedWeight> weights_of(Model& model) {
-  struct Collect : Visitor {
-    std::vector<MatchedWeight> weights;
-    int block = 0;
-    void weight(const std::string& name, Weight& w) override {
-      weights.push_back({name, &w, block});
-    }
-  } collect;
-  for (collect.block = 0; collect.block < model.num_blocks(); ++collect.block) {
-    model.visit_weights(collect.block, collect);
-  }
-  return collect.weights;
+/// Whether a tensor of this dtype may become a weight: floating point, stored as such or in the
+/// blocks of GGUF and bitsandbytes. Eight-bit floats need scales that lie elsewhere.
+bool holds_floats(const std::string& dtype) {
+  static const std::set<std::string, std::less<>> kFloats = {"F64",  "F32", "F16",
+                                                             "BF16", "nf4", "fp4"};
+  return kFloats.contains(dtype) || dtype.starts_with("Q");  // GGUF: Q4_0, Q6_K ...
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {
@@ -43,8 +37,11 @@ std::string list(const std::string& title, const std::vector<std::string>& lines
 std::vector<MatchedWeight> match_weights(Model& model, const io::TensorSource& source) {
   const NameMap& names = model.names();
   const bool gguf = source.find("token_embd.weight") != nullptr;
-  std::vector<MatchedWeight> weights = weights_of(model);
-  std::vector<std::string> missing, unknown, differ;
+  std::vector<MatchedWeight> weights;
+  for_each_weight(model, [&](int block, const std::string& name, Weight& w) {
+    weights.push_back({name, &w, block});
+  });
+  std::vector<std::string> missing, unknown, differ, not_floats;
   std::set<std::string, std::less<>> used;
   for (MatchedWeight& item : weights) {
     const auto found = gguf ? names.to_gguf(item.name) : names.to_hf(item.name);
@@ -60,14 +57,18 @@ std::vector<MatchedWeight> match_weights(Model& model, const io::TensorSource& s
       differ.push_back(found->name + " is " + shape_text(item.source->shape) +
                        ", the config says " + shape_text(item.weight->shape()));
     }
+    if (!holds_floats(item.source->dtype)) {
+      not_floats.push_back(found->name + " is " + item.source->dtype);
+    }
   }
+  if (model.info().tied_head) used.insert(kHeadTensor);  // read_base_config saw it equal the table
   for (const io::SourceTensor& t : source.tensors()) {
     if (!used.contains(t.name) && !names.dropped(t.name)) unknown.push_back(t.name);
   }
-  GRAFT_CHECK(missing.empty() && unknown.empty() && differ.empty(), ExitCode::kData,
-              source.describe(), ": tensors and model config do not agree",
+  GRAFT_CHECK(missing.empty() && unknown.empty() && differ.empty() && not_floats.empty(),
+              ExitCode::kData, source.describe(), ": tensors and model config do not agree",
               list("not in the file", missing), list("not known to this family", unknown),
-              list("other shape", differ));
+              list("other shape", differ), list("not a floating-point type", not_floats));
   return weights;
 }
 

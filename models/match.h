@@ -11,6 +11,10 @@
 
 namespace graft::models {
 
+/// Hugging Face's names of the two tables that may be one.
+inline constexpr const char* kEmbeddingTensor = "model.embed_tokens.weight";
+inline constexpr const char* kHeadTensor = "lm_head.weight";
+
 /// One weight of a model and where it comes from.
 struct MatchedWeight {
   std::string name;  ///< ours, "block.3.attn.q.weight"
@@ -20,9 +24,10 @@ struct MatchedWeight {
   Transform transform = Transform::kIdentity;  ///< what the source's rows still need
 };
 
-/// The model's weights in its order, each with its tensor; both sides must be used up.
-/// @throws graft::Error (kData) with three lists: weights not filled, tensors not known, shapes
-/// that differ
+/// The model's weights in its order, each with its tensor; both sides must be used up. The copy of
+/// the head beside a tied table counts as used.
+/// @throws graft::Error (kData) with four lists: weights not filled, tensors not known, shapes that
+/// differ, types that are not floating point
 std::vector<MatchedWeight> match_weights(Model& model, const io::TensorSource& source);
 
 /// Rows of q or k (or their bias) from llama.cpp's order, where neighbours are rotated together, to

@@ -67,4 +67,16 @@ class Model {
   virtual const NameMap& names() const = 0;
 };
 
+/// Calls fn(block, name, weight) for all weights of a model, in its order.
+template <class Fn>
+void for_each_weight(Model& model, const Fn& fn) {
+  struct Each : Visitor {
+    const Fn& fn;
+    int block = 0;
+    explicit Each(const Fn& f) : fn(f) {}
+    void weight(const std::string& name, Weight& w) override { fn(block, name, w); }
+  } each(fn);
+  for (; each.block < model.num_blocks(); ++each.block) model.visit_weights(each.block, each);
+}
+
 }  // namespace graft::models

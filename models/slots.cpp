@@ -84,7 +84,7 @@ Tensor run(const Slot<TensorAdapter>& slot, Tensor t, const Pass& pass) {
   return t;
 }
 
-Carry run(const Slot<CarryAdapter>& slot, Carry carry, const CarryAdapter::Stage& stage,
+Carry run(const Slot<CarryAdapter>& slot, const Carry& carry, const CarryAdapter::Stage& stage,
           const Pass& pass) {
   return nest(
       slot, pass.adapters ? slot.adapters().size() : 0, carry,

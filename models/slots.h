@@ -109,7 +109,7 @@ Tensor run(const Slot<AttentionAdapter>& slot, const Tensor& q, const Tensor& k,
            const AttentionAdapter::Core& core, const Pass& pass);
 Carry run(const Slot<SequenceAdapter>& slot, Carry carry, const Pass& pass);
 Tensor run(const Slot<TensorAdapter>& slot, Tensor t, const Pass& pass);
-Carry run(const Slot<CarryAdapter>& slot, Carry carry, const CarryAdapter::Stage& stage,
+Carry run(const Slot<CarryAdapter>& slot, const Carry& carry, const CarryAdapter::Stage& stage,
           const Pass& pass);
 
 }  // namespace graft::models

@@ -46,7 +46,8 @@ class Trunk::StagePin {
   enum class Share { kNo, kAcrossUses };
   StagePin(Trunk& trunk, int stage, int next_stage, Share share) : trunk_(trunk), stage_(stage) {
     const std::vector<int> blocks = trunk.model_.blocks_of(stage);
-    const int next = next_stage < 0 ? -1 : trunk.model_.blocks_of(next_stage).front();
+    const bool ahead = next_stage >= 0 && trunk.prefetch_blocks_ > 0;
+    const int next = ahead ? trunk.model_.blocks_of(next_stage).front() : -1;
     for (size_t i = 0; i < blocks.size(); ++i) {
       trunk.store_.pin(blocks[i], i + 1 == blocks.size() ? next : -1);
     }
@@ -81,7 +82,8 @@ struct Trunk::Trail {
   std::vector<Tensor> grad;  ///< of the newest step's output
 };
 
-Trunk::Trunk(Model& model, dist::BlockStore& store) : model_(model), store_(store) {
+Trunk::Trunk(Model& model, dist::BlockStore& store, int prefetch_blocks)
+    : model_(model), store_(store), prefetch_blocks_(prefetch_blocks) {
   struct Collect : Visitor {
     std::vector<Weight*> weights;
     void weight(const std::string&, Weight& w) override { weights.push_back(&w); }
@@ -179,6 +181,7 @@ std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass
   }
   if (pass.cache != nullptr) pass.cache->length += lanes.front().batch.tokens_BL.size(1);
   std::vector<Tensor> out;
+  out.reserve(carries.size());
   for (const Carry& carry : carries) out.push_back(carry.tensors.empty() ? Tensor() : carry.h());
   return out;
 }

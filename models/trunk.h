@@ -43,7 +43,9 @@ struct TrunkOptions {
 class Trunk {
  public:
   /// Both outlive the trunk.
-  Trunk(Model& model, dist::BlockStore& store);
+  /// @param prefetch_blocks  0: a stage's blocks are gathered when it begins; 1: while the one
+  ///                         before it runs
+  Trunk(Model& model, dist::BlockStore& store, int prefetch_blocks = 1);
 
   /// Forward and backward of all lanes: each lane's loss_sum is set, its gradients go to the sink.
   /// Lanes without a token compute nothing but take part in every gather.
@@ -65,6 +67,7 @@ class Trunk {
 
   Model& model_;
   dist::BlockStore& store_;
+  int prefetch_blocks_;
   std::vector<std::vector<Weight*>>
       weights_;  ///< of each block, to end the life of their dense copies
 };

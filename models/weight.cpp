@@ -6,6 +6,7 @@
 
 #include "configs/check.h"
 #include "kernels/int8/int8.h"
+#include "kernels/nf4/code_books.h"
 
 namespace graft::models {
 namespace {
@@ -14,12 +15,8 @@ using Kind = WeightFormat::Kind;
 
 constexpr int64_t kAlignment =
     64;  // of the parts of a payload: a cache line, and more than any dtype needs
-constexpr int64_t kBlock = 64, kNestedBlock = 256;
 
 int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool is_four_bit(Kind kind) { return kind == Kind::kNf4 || kind == Kind::kFp4; }
 
 /// Copies a tensor's bytes into a payload.
 void put(const Tensor& payload, int64_t at, const Tensor& part) {
@@ -59,11 +56,12 @@ Weight::Parts Weight::parts() const {
     const int64_t scales = align(n), end = scales + shape_.front() * 4;
     return {scales, end, end, end};
   }
-  const int64_t blocks = ceil_div(n, kBlock), scales = align(ceil_div(n, 2));
+  const int64_t blocks = kernels::blocks_of(n, kernels::kBlockElems),
+                scales = align(kernels::blocks_of(n, 2));
   if (!format_.nested)
     return {scales, scales + blocks * 4, scales + blocks * 4, scales + blocks * 4};
   const int64_t nested = align(scales + blocks);
-  const int64_t offset = nested + ceil_div(blocks, kNestedBlock) * 4;
+  const int64_t offset = nested + kernels::blocks_of(blocks, kernels::kNestedBlockElems) * 4;
   return {scales, nested, offset, offset + 4};
 }
 
@@ -81,14 +79,12 @@ void Weight::place(dist::BlockStore& store, int block, int64_t offset) {
 }
 
 Tensor Weight::encode(const Tensor& dense) const {
-  if (is_four_bit(format_.kind)) {
-    const auto type =
-        format_.kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
+  if (format_.is_four_bit()) {
     const auto scales = format_.nested ? kernels::Scales::kNested : kernels::Scales::kPlain;
-    const Tensor w = dense.scalar_type() == at::kHalf ? dense.to(at::kFloat) : dense;
-    return encode(kernels::quantize(w.contiguous(), type, scales));
+    const Tensor w = dense.scalar_type() == at::kBFloat16 ? dense : dense.to(at::kFloat);
+    return encode(kernels::quantize(w.contiguous(), format_.four_bit_type(), scales));
   }
-  const Tensor payload = at::zeros({payload_bytes_}, at::kByte);
+  Tensor payload = at::zeros({payload_bytes_}, at::kByte);
   if (format_.kind == Kind::kInt8) {
     const auto q = kernels::quantize_int8(dense.to(at::kFloat).contiguous());
     put(payload, 0, q.codes), put(payload, parts().scales, q.absmax);
@@ -99,10 +95,10 @@ Tensor Weight::encode(const Tensor& dense) const {
 }
 
 Tensor Weight::encode(const kernels::FourBitCodes& q) const {
-  GRAFT_ASSERT(is_four_bit(format_.kind) && q.nested_absmax.defined() == format_.nested,
+  GRAFT_ASSERT(format_.is_four_bit() && q.nested_absmax.defined() == format_.nested,
                format_.name());
   const Parts at_bytes = parts();
-  const Tensor payload = at::zeros({payload_bytes_}, at::kByte);
+  Tensor payload = at::zeros({payload_bytes_}, at::kByte);
   put(payload, 0, q.codes), put(payload, at_bytes.scales, q.absmax);
   if (format_.nested) {
     put(payload, at_bytes.nested, q.nested_absmax);
@@ -141,7 +137,7 @@ Tensor Weight::rebuild() const {
     return stored.to(compute_dtype_, /*non_blocking=*/false, /*copy=*/use_ == WeightUse::kVector);
   }
   const Parts at_bytes = parts();
-  const Tensor out =
+  Tensor out =
       at::empty(shape_, at::TensorOptions().dtype(compute_dtype_).device(bytes(0, 0).device()));
   if (format_.kind == Kind::kInt8) {
     kernels::dequantize_int8(
@@ -150,10 +146,11 @@ Tensor Weight::rebuild() const {
     return out;
   }
   kernels::FourBitCodes q;
-  q.type = format_.kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
-  q.codes = bytes(0, ceil_div(numel(), 2));
+  q.type = format_.four_bit_type();
+  q.codes = bytes(0, kernels::blocks_of(numel(), 2));
   if (format_.nested) {
-    q.absmax = bytes(at_bytes.scales, at_bytes.scales + ceil_div(numel(), kBlock));
+    q.absmax =
+        bytes(at_bytes.scales, at_bytes.scales + kernels::blocks_of(numel(), kernels::kBlockElems));
     q.nested_absmax = bytes(at_bytes.nested, at_bytes.offset);
     // A number the host needs: read once, when the block is first there, so later sweeps do not
     // wait for the device.

@@ -32,6 +32,11 @@ struct WeightFormat {
   bool nested = false;  ///< 4-bit: absmax itself in 8 bits (double quantisation)
   at::ScalarType dtype = at::ScalarType::Float;  ///< dense only
 
+  bool is_four_bit() const { return kind == Kind::kNf4 || kind == Kind::kFp4; }
+  /// Of a four-bit kind.
+  kernels::FourBitType four_bit_type() const {
+    return kind == Kind::kNf4 ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
+  }
   std::string name() const;
 };
 

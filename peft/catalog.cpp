@@ -34,7 +34,7 @@ const MethodRegistry& methods() {
 
 nlohmann::json Method::to_peft_config(const SlotMap&) const { return nlohmann::json::object(); }
 
-void Method::from_peft_config(const nlohmann::json&) {
+void Method::from_peft_config(const SavedAdapter&) {
   throw Error(ExitCode::kUsage, "this method has no PEFT form to read");
 }
 

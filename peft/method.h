@@ -20,6 +20,8 @@
 
 namespace graft::peft {
 
+struct SavedAdapter;  // peft/adapter_file.h
+
 /// What attach() gets.
 struct AttachContext {
   const SlotMap& slots;
@@ -66,7 +68,7 @@ class Method {
   /// The method's own entries of adapter_config.json, and back. Reading refuses entries that change
   /// the mathematics and are not known here.
   virtual nlohmann::json to_peft_config(const SlotMap& slots) const;
-  virtual void from_peft_config(const nlohmann::json& config);
+  virtual void from_peft_config(const SavedAdapter& adapter);
 };
 
 /// What `graft methods` shows beside the fields.

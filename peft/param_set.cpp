@@ -9,8 +9,7 @@
 namespace graft::peft {
 
 void ParamSet::add(Param param) {
-  for (const Param& p : params_)
-    GRAFT_ASSERT(p.name != param.name, "two parameters named ", p.name);
+  GRAFT_ASSERT(names_.insert(param.name).second, "two parameters named ", param.name);
   GRAFT_ASSERT(param.value.scalar_type() == at::kFloat && param.value.is_leaf(), param.name);
   param.value.set_requires_grad(true);
   params_.push_back(std::move(param));

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -32,6 +33,7 @@ class ParamSet {
 
  private:
   std::vector<Param> params_;
+  std::unordered_set<std::string> names_;
 };
 
 }  // namespace graft::peft

@@ -3,52 +3,15 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <filesystem>
-#include <set>
+#include <cstdlib>
 
 #include "configs/check.h"
-#include "models/io/json_file.h"
+#include "peft/adapter_file.h"
 
 namespace graft::peft {
 namespace {
 
-constexpr const char* kConfigFile = "adapter_config.json";
-constexpr const char* kWeightsFile = "adapter_model.safetensors";
-
-/// PEFT writes the whole base matrix beside an adapted embedding or head; it is the base's, not the
-/// adapter's.
-bool is_base_copy(std::string_view key) { return key.ends_with(".base_layer.weight"); }
-
-/// What an adapter directory holds for `params`, in their order. Nothing is set.
-/// @throws graft::Error (kData) with the missing, unknown and misshapen tensors
-std::vector<Tensor> read_values(const std::vector<Param>& params, const std::string& directory) {
-  const models::io::SafetensorsFile file(directory + "/" + kWeightsFile);
-  std::vector<std::string> problems;
-  std::set<std::string, std::less<>> wanted;
-  std::vector<Tensor> values;
-  for (const Param& param : params) {
-    const std::string& key = param.hf_key.empty() ? param.name : param.hf_key;
-    wanted.insert(key);
-    if (file.find(key) == nullptr) {
-      problems.push_back("missing: " + key);
-      continue;
-    }
-    values.push_back(file.read(key));
-    if (values.back().sizes() != param.value.sizes()) {
-      problems.push_back(detail::concat("shape: ", key, " is ", values.back().sizes(),
-                                        ", expected ", param.value.sizes()));
-    } else if (!at::isfinite(values.back()).all().item<bool>()) {
-      problems.push_back("not finite: " + key);
-    }
-  }
-  for (const auto& entry : file.entries()) {
-    if (!wanted.contains(entry.name) && !is_base_copy(entry.name))
-      problems.push_back("unknown: " + entry.name);
-  }
-  GRAFT_CHECK(problems.empty(), ExitCode::kData, file.path(), " does not fit this model:\n  ",
-              configs::join(problems, "\n  "));
-  return values;
-}
+constexpr size_t kMostMethods = 64;  // one takes memory and a line of the config each
 
 void set_values(const std::vector<Param>& params, const std::vector<Tensor>& values) {
   const at::NoGradGuard no_grad;
@@ -63,7 +26,7 @@ bool is_within(const configs::Bound& bound, const configs::Node& value) {
   if (!bound.choices.empty()) {
     return std::find(bound.choices.begin(), bound.choices.end(), value.text) != bound.choices.end();
   }
-  return (!bound.low && !bound.high) || bound.allows(std::stod(value.text));
+  return (!bound.low && !bound.high) || bound.allows(std::strtod(value.text.c_str(), nullptr));
 }
 
 /// The bounds of a method's fields hold for what a file says too.
@@ -83,18 +46,28 @@ Peft::Peft(models::Model& model, at::Device device, uint64_t seed)
 void Peft::attach_frozen(const std::string& directory) {
   std::string name;
   Frozen frozen{method_of_directory(directory, name), {}, directory};
+  const AdapterFile file(directory);
+  file.check_modules(slots_);
   AttachContext context{slots_,  model_.info(), frozen.params,
                         random_, device_,       "frozen" + std::to_string(frozen_.size()) + "."};
-  frozen.method->attach(context);
+  try {
+    frozen.method->attach(context);
+  } catch (const Error& error) {  // its fields are the directory's, not the user's
+    throw Error(error.code() == ExitCode::kUsage ? ExitCode::kData : error.code(),
+                directory + ": " + error.what());
+  }
   for (const Param& param : frozen.params.all()) param.value.set_requires_grad(false);
-  set_values(frozen.params.all(), read_values(frozen.params.all(), directory));
+  set_values(frozen.params.all(), file.read(frozen.params.all()));
   frozen_.push_back(std::move(frozen));
 }
 
 void Peft::attach(std::vector<MethodEntry>& entries) {
+  GRAFT_CHECK(entries.size() <= kMostMethods, "peft: ", entries.size(), " methods, at most ",
+              kMostMethods, " are allowed");
   for (size_t i = 0; i < entries.size(); ++i) {
     MethodEntry& entry = entries[i];
     if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
+    if (entry.init_from) AdapterFile(*entry.init_from).check_modules(slots_);
     const size_t first = params_.all().size();
     AttachContext context{slots_,  model_.info(),          params_, kernels::derive(random_, i + 1),
                           device_, std::to_string(i) + "."};
@@ -105,15 +78,25 @@ void Peft::attach(std::vector<MethodEntry>& entries) {
 }
 
 void Peft::initialize(BaseWeights& base) {
+  check_base_copies(base);
   for (const Frozen& frozen : frozen_) {
     frozen.method->initialize(
         base);  // may take values from the base, so the saved ones are set again
-    set_values(frozen.params.all(), read_values(frozen.params.all(), frozen.directory));
+    set_values(frozen.params.all(), AdapterFile(frozen.directory).read(frozen.params.all()));
   }
   for (const Trained& part : trained_) part.method->initialize(base);
   for (const Trained& part : trained_) {
-    if (!part.init_from.empty())
-      set_values(params_of(part), read_values(params_of(part), part.init_from));
+    if (part.init_from.empty()) continue;
+    const auto params = params_of(part);
+    set_values(params, AdapterFile(part.init_from).read(params));
+  }
+}
+
+void Peft::check_base_copies(BaseWeights& base) const {
+  for (const Frozen& frozen : frozen_)
+    AdapterFile(frozen.directory).check_base_copies(slots_, base);
+  for (const Trained& part : trained_) {
+    if (!part.init_from.empty()) AdapterFile(part.init_from).check_base_copies(slots_, base);
   }
 }
 
@@ -133,7 +116,8 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config["peft_type"] = type.empty() ? nlohmann::json(nullptr) : nlohmann::json(type);
   saved.config["task_type"] = base.task_type;
   saved.config["base_model_name_or_path"] = base.name_or_path;
-  saved.config["revision"] = nullptr;
+  saved.config["revision"] =
+      base.revision.empty() ? nlohmann::json(nullptr) : nlohmann::json(base.revision);
   saved.config["inference_mode"] = true;
   saved.config["graft"] = {{"method", part.name}, {"base_fingerprint", base.fingerprint}};
   for (size_t i = part.first_param; i < part.first_param + part.num_params; ++i) {
@@ -147,8 +131,8 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
 void Peft::load(const std::string& directory) {
   std::vector<Tensor> values;
   for (size_t i = 0; i < trained_.size(); ++i) {
-    const auto part =
-        read_values(params_of(trained_[i]), part_directory(directory, i, trained_.size()));
+    const AdapterFile file(part_directory(directory, i, trained_.size()));
+    const auto part = file.read(params_of(trained_[i]));
     values.insert(values.end(), part.begin(), part.end());
   }
   set_values(params_.all(), values);
@@ -160,26 +144,22 @@ std::vector<Param> Peft::params_of(const Trained& part) const {
 }
 
 std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name) {
-  const std::string path = directory + "/" + kConfigFile;
-  GRAFT_CHECK(std::filesystem::exists(path), ExitCode::kData, directory, ": no ", kConfigFile,
-              "; expected an adapter folder in PEFT's layout");
-  nlohmann::json config = models::io::read_json_file(path);
-  GRAFT_CHECK(config.is_object(), ExitCode::kData, path, ": not an object");
+  const SavedAdapter adapter = read_saved_adapter(directory);
+  const auto entry = adapter.config.find("peft_type");
   const std::string type =
-      config.value("peft_type", nlohmann::json()).is_string() ? config["peft_type"] : "";
-  config.erase("graft");
+      entry != adapter.config.end() && entry->is_string() ? entry->get<std::string>() : "";
   std::vector<std::string> known;
-  for (const auto& entry : methods().entries()) {
-    std::shared_ptr<Method> method = entry.make();
+  for (const auto& registered : methods().entries()) {
+    std::shared_ptr<Method> method = registered.make();
     if (method->peft_type().empty()) continue;
     known.push_back(method->peft_type());
     if (method->peft_type() != type) continue;
-    method->from_peft_config(config);
-    check_bounds(*method, path);
-    name = entry.name;
+    method->from_peft_config(adapter);
+    check_bounds(*method, directory + "/adapter_config.json");
+    name = registered.name;
     return method;
   }
-  throw Error(ExitCode::kData, path + ": peft_type '" + type +
+  throw Error(ExitCode::kData, directory + "/adapter_config.json: peft_type '" + type +
                                    "' is not supported; known: " + configs::join(known, ", "));
 }
 

@@ -17,6 +17,7 @@ struct BaseFacts {
   std::string name_or_path;
   std::string task_type = "CAUSAL_LM";
   std::string fingerprint;
+  std::string revision = "";  ///< empty: none was named
 };
 
 class Peft {
@@ -30,6 +31,9 @@ class Peft {
   void attach(std::vector<MethodEntry>& entries);
   /// Initial values that need the base's weights, then those of `init_from`.
   void initialize(BaseWeights& base);
+  /// Holds the copies of base matrices in the directories attached against the base; initialize()
+  /// does. @throws graft::Error (kData), see AdapterFile
+  void check_base_copies(BaseWeights& base) const;
 
   const ParamSet& params() const { return params_; }
   const SlotMap& slots() const { return slots_; }

@@ -1,48 +1,64 @@
 #include "peft/peft_config.h"
 
+#include <limits>
+
 namespace graft::peft {
 namespace {
 
-void read_names(const nlohmann::json& config, const char* key, configs::StringOrList& names) {
-  const auto it = config.find(key);
-  if (it == config.end() || it->is_null()) return;
-  if (it->is_string()) {
-    const auto text = it->get<std::string>();
-    GRAFT_CHECK(text.find_first_of("\\^$|()[]+?") == std::string::npos, ExitCode::kData,
-                "adapter_config.json: ", key, " = '", text,
-                "' is a regular expression; list the modules instead");
-    names = text.c_str();
-    return;
-  }
-  GRAFT_CHECK(it->is_array(), ExitCode::kData, "adapter_config.json: ", key,
-              " is neither a string nor a list");
-  names.values.clear();
-  names.is_single = false;
-  for (const auto& name : *it) {
-    GRAFT_CHECK(name.is_string(), ExitCode::kData, "adapter_config.json: ", key, " holds ",
-                name.dump());
-    names.values.push_back(name.get<std::string>());
-  }
+constexpr std::string_view kWeight = ".weight";
+
+void expect(bool holds, const std::string& key, const nlohmann::ordered_json& entry,
+            const char* expected) {
+  GRAFT_CHECK(holds, ExitCode::kData, "adapter_config.json: ", key, " = ", entry.dump(),
+              ", expected ", expected);
+}
+
+/// "model.layers.0.self_attn.q_proj" of "base_model.model.model.layers.0.self_attn.q_proj.<leaf>",
+/// else "".
+std::string_view module_of(std::string_view tensor, std::string_view leaf) {
+  if (!tensor.starts_with(kFilePrefix) || !tensor.ends_with(leaf)) return "";
+  tensor.remove_prefix(kFilePrefix.size());
+  if (tensor.size() < leaf.size() + 2 || tensor[tensor.size() - leaf.size() - 1] != '.') return "";
+  return tensor.substr(0, tensor.size() - leaf.size() - 1);
 }
 
 }  // namespace
 
-PeftConfigReader::PeftConfigReader(const nlohmann::json& config) : config_(config) {
+PeftConfigReader::PeftConfigReader(const SavedAdapter& adapter) : adapter_(adapter) {
   ignore({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-          "peft_version", "auto_mapping"});
+          "peft_version", "auto_mapping", "graft"});
 }
 
-void PeftConfigReader::get_targets(Targets& targets) {
-  read_names(config_, "target_modules", targets.modules);
-  read_names(config_, "exclude_modules", targets.exclude);
-  used_.insert({"target_modules", "exclude_modules", "layers_to_transform"});
-  const auto layers = config_.find("layers_to_transform");
-  if (layers == config_.end() || layers->is_null()) return;
-  if (layers->is_number_integer()) {
-    targets.layers = {layers->get<int>()};
-  } else {
-    get("layers_to_transform", targets.layers);
+const nlohmann::ordered_json& PeftConfigReader::entry(const std::string& key) {
+  static const nlohmann::ordered_json null;
+  used_.insert(key);
+  const auto it = adapter_.config.find(key);
+  return it == adapter_.config.end() ? null : *it;
+}
+
+void PeftConfigReader::get_targets(std::initializer_list<std::string_view> leaves,
+                                   Targets& targets) {
+  ignore({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"});
+  for (const std::string& tensor : adapter_.tensors) {
+    for (const std::string_view leaf : leaves) {
+      if (const auto module = module_of(tensor, leaf); !module.empty()) targets_.emplace(module);
+    }
   }
+  GRAFT_CHECK(!targets_.empty(), ExitCode::kData, "adapter_model.safetensors: no tensor is called ",
+              kFilePrefix, "<module>.", *leaves.begin(), "; the adapter holds nothing");
+  targets = {.modules = {}, .exclude = {}, .layers = {}};
+  targets.modules.values = {targets_.begin(), targets_.end()};
+}
+
+std::vector<std::string> PeftConfigReader::whole_modules() {
+  ignore({"modules_to_save"});
+  std::vector<std::string> modules;
+  for (const std::string& tensor : adapter_.tensors) {
+    const std::string_view module = module_of(tensor, kWeight.substr(1));
+    if (module.empty() || tensor.ends_with(kBaseCopy)) continue;
+    if (module_around(module, targets_).empty()) modules.emplace_back(module);
+  }
+  return modules;
 }
 
 void PeftConfigReader::ignore(std::initializer_list<std::string_view> keys) {
@@ -50,12 +66,36 @@ void PeftConfigReader::ignore(std::initializer_list<std::string_view> keys) {
 }
 
 void PeftConfigReader::refuse_the_rest() const {
-  for (const auto& [key, value] : config_.items()) {
+  for (const auto& [key, value] : adapter_.config.items()) {
     const bool off = value.is_null() || value == false || (value.is_object() && value.empty()) ||
                      (value.is_array() && value.empty());
     GRAFT_CHECK(off || used_.contains(key), ExitCode::kData, "adapter_config.json: ", key, " = ",
                 value.dump(), " changes what the adapter computes and is not supported");
   }
+}
+
+void PeftConfigReader::read(const std::string& key, const Json& entry, bool& value) {
+  expect(entry.is_boolean(), key, entry, "true or false");
+  value = entry.get<bool>();
+}
+
+void PeftConfigReader::read(const std::string& key, const Json& entry, int& value) {
+  const bool fits =
+      entry.is_number_unsigned()
+          ? entry.get<uint64_t>() <= std::numeric_limits<int>::max()
+          : entry.is_number_integer() && entry.get<int64_t>() >= std::numeric_limits<int>::min();
+  expect(fits, key, entry, "an integer of 32 bits");
+  value = entry.get<int>();
+}
+
+void PeftConfigReader::read(const std::string& key, const Json& entry, double& value) {
+  expect(entry.is_number(), key, entry, "a number");
+  value = entry.get<double>();
+}
+
+void PeftConfigReader::read(const std::string& key, const Json& entry, std::string& value) {
+  expect(entry.is_string(), key, entry, "a string");
+  value = entry.get<std::string>();
 }
 
 }  // namespace graft::peft

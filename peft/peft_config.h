@@ -1,5 +1,7 @@
 // PeftConfigReader: a foreign adapter_config.json, read entry by entry. What would change the
-// mathematics and was not asked for is refused by name, so nothing is ever silently left out.
+// mathematics and was not asked for is refused by name, so nothing is ever silently left out. Which
+// modules are meant the tensors beside it say, so target_modules is not interpreted: in PEFT that
+// is a list, a regular expression or a word, crossed with layer numbers and exclusions.
 #pragma once
 
 #include <initializer_list>
@@ -8,32 +10,34 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "configs/check.h"
+#include "peft/adapter_file.h"
+#include "peft/module_pattern.h"
 #include "peft/targets.h"
 
 namespace graft::peft {
 
 class PeftConfigReader {
  public:
-  explicit PeftConfigReader(const nlohmann::json& config);
+  explicit PeftConfigReader(const SavedAdapter& adapter);
 
-  /// Sets `value` if the entry is there and not null.
+  /// The entry, which may be anything; null if it is not there.
+  const nlohmann::ordered_json& entry(const std::string& key);
+  /// Sets `value` (bool, int, double or string) if the entry is there and not null.
   template <class T>
   void get(const std::string& key, T& value) {
-    used_.insert(key);
-    const auto it = config_.find(key);
-    if (it == config_.end() || it->is_null()) return;
-    try {
-      value = it->get<T>();
-    } catch (const nlohmann::json::exception&) {
-      throw Error(ExitCode::kData,
-                  "adapter_config.json: " + key + " = " + it->dump() + " has the wrong type");
-    }
+    if (const auto& found = entry(key); !found.is_null()) read(key, found, value);
   }
-  /// target_modules, exclude_modules and layers_to_transform. Regular expressions are refused.
-  void get_targets(Targets& targets);
+  /// The modules that have a tensor of one of these leaves ("lora_A.weight"), as whole paths.
+  void get_targets(std::initializer_list<std::string_view> leaves, Targets& targets);
+  /// The modules whose own matrix is in the file: those of modules_to_save. After get_targets.
+  std::vector<std::string> whole_modules();
+  /// A pattern (rank_pattern, alpha_pattern) as the values of the target modules, by whole path.
+  template <class T>
+  void get_pattern(const std::string& key, const Targets& targets, std::map<std::string, T>& out);
   /// Entries without effect on what a saved adapter computes.
   void ignore(std::initializer_list<std::string_view> keys);
   /// @throws graft::Error (kData) if an entry that was neither read nor ignored holds anything but
@@ -41,8 +45,43 @@ class PeftConfigReader {
   void refuse_the_rest() const;
 
  private:
-  const nlohmann::json& config_;
+  static constexpr size_t kMostWork =
+      1'000'000'000;  // some seconds of matching; 100 times Llama-8B
+  using Json = nlohmann::ordered_json;
+  static void read(const std::string& key, const Json& entry, bool& value);
+  static void read(const std::string& key, const Json& entry, int& value);
+  static void read(const std::string& key, const Json& entry, double& value);
+  static void read(const std::string& key, const Json& entry, std::string& value);
+
+  const SavedAdapter& adapter_;
   std::set<std::string, std::less<>> used_;
+  std::set<std::string, std::less<>> targets_;
 };
+
+template <class T>
+void PeftConfigReader::get_pattern(const std::string& key, const Targets& targets,
+                                   std::map<std::string, T>& out) {
+  const Json& found = entry(key);
+  if (found.is_null()) return;
+  GRAFT_CHECK(found.is_object(), ExitCode::kData, "adapter_config.json: ", key, " is no object");
+  std::vector<std::pair<ModulePattern, T>> pattern;
+  size_t pattern_bytes = 0, module_bytes = 0;
+  for (const auto& [name, value] : found.items()) {
+    pattern.emplace_back(ModulePattern(name), T());
+    read(key + "." + name, value, pattern.back().second);
+    pattern_bytes += name.size();
+  }
+  for (const std::string& module : targets.modules.values) module_bytes += module.size();
+  GRAFT_CHECK(pattern_bytes * module_bytes <= kMostWork, ExitCode::kData,
+              "adapter_config.json: ", key, " has too many entries: ", found.size());
+  for (const std::string& module : targets.modules.values) {
+    for (const auto& [name, value] : pattern) {
+      if (name.matches(module)) {
+        out[module] = value;
+        break;
+      }
+    }
+  }
+}
 
 }  // namespace graft::peft

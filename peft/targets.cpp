@@ -69,7 +69,7 @@ bool glob_match(std::string_view pattern, std::string_view text) {
   return pattern.find_first_not_of('*', p) == std::string_view::npos;
 }
 
-std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots) const {
+std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots, const char* field) const {
   std::set<const LinearSite*> meant, excluded;
   const auto collect = [&](const configs::StringOrList& entries, const char* key, auto& into) {
     for (const std::string& entry : entries.values) {
@@ -86,7 +86,7 @@ std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots) const {
     GRAFT_CHECK(exists, "peft: layers_to_transform: this model has no layer ", layer,
                 "; they count from 0");
   }
-  collect(modules, "target_modules", meant);
+  collect(modules, field, meant);
   collect(exclude, "exclude_modules", excluded);
   std::vector<const LinearSite*> sites;
   for (const LinearSite& site : slots.linears) {
@@ -94,9 +94,8 @@ std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots) const {
                             std::find(layers.begin(), layers.end(), site.layer) != layers.end();
     if (meant.contains(&site) && !excluded.contains(&site) && layer_fits) sites.push_back(&site);
   }
-  GRAFT_CHECK(
-      !sites.empty(),
-      "peft: target_modules, exclude_modules and layers_to_transform leave no slot to adapt");
+  GRAFT_CHECK(!sites.empty(), "peft: ", field,
+              ", exclude_modules and layers_to_transform leave no slot to adapt");
   return sites;
 }
 

@@ -21,8 +21,10 @@ struct Targets {
 
   void fields(configs::Fields& f);
   /// The slots meant, in the model's order.
+  /// @param field  what `modules` is called in messages
   /// @throws graft::Error (kUsage) for an entry that matches nothing, with the nearest names
-  std::vector<const LinearSite*> resolve(const SlotMap& slots) const;
+  std::vector<const LinearSite*> resolve(const SlotMap& slots,
+                                         const char* field = "target_modules") const;
 };
 
 /// True if `text` fits `pattern`, where * stands for any characters.
@@ -44,6 +46,7 @@ void check_pattern(const std::vector<std::string>& keys,
 template <class T>
 std::vector<std::string> keys(const std::map<std::string, T>& pattern) {
   std::vector<std::string> out;
+  out.reserve(pattern.size());
   for (const auto& [key, value] : pattern) out.push_back(key);
   return out;
 }

@@ -58,7 +58,8 @@ void WholeTensors::fields(configs::Fields& f) {
 
 void WholeTensors::attach(AttachContext& context, const std::vector<const LinearSite*>& adapted) {
   if (!modules_to_save_.values.empty()) {
-    for (const LinearSite* site : Targets{modules_to_save_}.resolve(context.slots)) {
+    for (const LinearSite* site :
+         Targets{modules_to_save_}.resolve(context.slots, "modules_to_save")) {
       for (const LinearSite* other : adapted) {
         GRAFT_CHECK(site != other, "peft: ", site->name,
                     " is both in target_modules and in modules_to_save");
@@ -105,7 +106,8 @@ nlohmann::json WholeTensors::to_peft_config(const SlotMap& slots) const {
 }
 
 void WholeTensors::from_peft_config(PeftConfigReader& config) {
-  config.get("modules_to_save", modules_to_save_.values);
+  modules_to_save_ = {};
+  modules_to_save_.values = config.whole_modules();
   config.get("bias", bias_);
 }
 

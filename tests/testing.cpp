@@ -84,6 +84,7 @@ MemorySource::MemorySource(std::map<std::string, Tensor> values) : values_(std::
   for (const auto& [name, value] : values_) {
     const char* dtype = value.scalar_type() == at::kBFloat16 ? "BF16"
                         : value.scalar_type() == at::kHalf   ? "F16"
+                        : value.scalar_type() == at::kDouble ? "F64"
                                                              : "F32";
     tensors_.push_back({name, value.sizes().vec(), dtype, static_cast<int64_t>(value.nbytes())});
   }
@@ -152,7 +153,11 @@ models::Weight& Base::weight(const std::string& name) const {
 std::unique_ptr<peft::Peft> attach(models::Model& model, const std::string& method,
                                    const nlohmann::json& config) {
   std::vector<peft::MethodEntry> entries = {{method, peft::methods().make(method), {}}};
-  entries.front().method->from_peft_config(config);
+  configs::Problems problems;
+  const configs::Node root = configs::parse_with_overrides(config.dump(), "config", {}, problems);
+  configs::read_section(root, problems,
+                        [&](configs::Fields& f) { entries.front().method->fields(f); });
+  problems.throw_if_any("config");
   auto adapters = std::make_unique<peft::Peft>(model, at::kCPU, 1);
   adapters->attach(entries);
   const at::NoGradGuard no_grad;

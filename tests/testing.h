@@ -95,7 +95,7 @@ struct Base {
 
 /// A method with the fields of `config`, on the model, trained; values that are not zero take the
 /// place of the initial ones, so that every gradient has something to be.
-/// @param config  entries of adapter_config.json: r, target_modules ...
+/// @param config  the method's fields: r, target_modules ...
 std::unique_ptr<peft::Peft> attach(models::Model& model, const std::string& method,
                                    const nlohmann::json& config);
 

@@ -1,6 +1,6 @@
 """The one exception of `data/prepare`, and what a program does with it.
 
-Exit codes are those of Graft: 2 usage or configuration, 3 data.
+Exit codes are those of Graft: 1 a bug, 2 usage or configuration, 3 data.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+BUG = 1
 USAGE = 2
 DATA = 3
 
@@ -28,14 +29,14 @@ def run_reporting_errors(program: str, main: Callable[[], None]) -> int:
     try:
         main()
     except PrepareError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"error: {program}: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()  # the reader left; the interpreter must not complain about it at exit
         return DATA
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{program}: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {program}: {where}{error.strerror or error}", file=sys.stderr)
         return DATA
     except KeyboardInterrupt:
         print(f"{program}: interrupted; what was there before is unchanged", file=sys.stderr)

@@ -46,7 +46,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], max_length: int
         raise PrepareError("the model names no end-of-text token (eos), so documents cannot end", USAGE)
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     documents = []
-    for encoding in tokenizer.core.encode_batch_fast(list(texts), add_special_tokens=False):
+    for encoding in tokenizer.encode_batch(texts):
         ids = [*start, *encoding.ids, tokenizer.eos_id]
         pieces = (ids[at : at + max_length] for at in range(0, len(ids), max_length))
         documents.append([Sample(piece, [0] + [1] * (len(piece) - 1)) for piece in pieces if len(piece) > 1])
@@ -66,7 +66,7 @@ def encode_chats(tokenizer: Tokenizer, wheres: Sequence[str],
             rendered.append(assistant_spans(tokenizer, messages))
         except PrepareError as error:
             raise PrepareError(f"{where}: {error}", error.exit_code) from None
-    encodings = tokenizer.core.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+    encodings = tokenizer.encode_batch([text for text, _ in rendered], offsets=True)
     samples = []
     for where, (text, spans), encoding in zip(wheres, rendered, encodings):
         mask = [0] * len(encoding.ids)

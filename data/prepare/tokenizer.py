@@ -45,15 +45,25 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """The ids of `text`; special tokens written in it count as such, none is added but bos."""
-        ids = self.core.encode(text, add_special_tokens=False).ids
+        ids = self.encode_batch([text])[0].ids
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
+    def encode_batch(self, texts: Sequence[str], offsets: bool = False) -> list[tokenizers.Encoding]:
+        """Many texts in parallel, nothing added. @throws PrepareError if a text has no encoding"""
+        encode = self.core.encode_batch if offsets else self.core.encode_batch_fast
+        try:
+            return encode(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception
+            raise PrepareError(f"the model's tokenizer refuses this text: {error}") from None
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of `ids`. @throws PrepareError if an id is outside the vocabulary"""
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise PrepareError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
-        return self.core.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of `ids`. One without a token is no text: models pad their vocabulary, and draw such rows.
+
+        @throws PrepareError if an id is negative
+        """
+        if min(ids, default=0) < 0:
+            raise PrepareError(f"token id {min(ids)} is negative")
+        return self.core.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=skip_special)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation by the model's chat template."""
@@ -95,7 +105,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
         raise PrepareError(f"{model}: no such model; give a GGUF file or a Hugging Face directory", USAGE)
     try:
         return _from_directory(model) if model.is_dir() else _from_gguf(model)
-    except (AttributeError, KeyError, TypeError) as error:  # a field of another type than everywhere else
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field unlike everywhere else
         raise PrepareError(f"{model}: malformed tokenizer description: {error!r}") from None
 
 
@@ -116,20 +126,38 @@ def _from_directory(folder: Path) -> Tokenizer:
         add_bos = bos_id is not None and core.encode("a").ids[:1] == [bos_id]
     # Without its post-processor the tokenizer adds nothing and reports untrimmed offsets.
     core = _build(description | {"post_processor": None, "truncation": None, "padding": None}, folder)
-    stops = [_read_json(folder / name).get("eos_token_id")
-             for name in ("generation_config.json", "config.json")]
-    stops = [i for stop in stops for i in (stop if isinstance(stop, list) else [stop])]
+    stops = [i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name)]
     return Tokenizer(core, eos_id, _unique([*stops, eos_id]), bos_id, bool(add_bos),
                      _directory_template(folder, config), special)
 
 
+def _stop_ids(path: Path) -> list[int]:
+    """eos_token_id of a configuration: nothing, an id or a list of them."""
+    stops = _read_json(path).get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    for i in stops:
+        if type(i) is not int or not 0 <= i < 1 << 31:
+            raise PrepareError(f"{path}: eos_token_id = {i!r} is not a token")
+    return stops
+
+
 def _directory_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise PrepareError(f"{path}: not UTF-8: {error}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        return next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    return _checked_template(folder / "tokenizer_config.json", template)
+
+
+def _checked_template(path: Path, template: Any) -> str | None:
+    if template is None or isinstance(template, str):
+        return template
+    raise PrepareError(f"{path}: the chat template is {type(template).__name__}, expected text")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -137,7 +165,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PrepareError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise PrepareError(f"{path}: expected a JSON object")
@@ -178,7 +206,7 @@ def _from_gguf(path: Path) -> Tokenizer:
                if ids[key] is not None}
     return Tokenizer(core, ids["eos"], _unique([ids["eos"], ids["eot"], ids["eom"]]), ids["bos"],
                      bool(field("add_bos_token", field("pre") == "llama-bpe")),
-                     metadata.get("tokenizer.chat_template"), special)
+                     _checked_template(path, metadata.get("tokenizer.chat_template")), special)
 
 
 def _byte_level_bpe(path: Path, tokens: list[str], merges: list[str], pre: str | None,

@@ -5,18 +5,20 @@
   {"op": "decode", "ids": [...]}       -> {"text": "..."}                 "skip_special": true drops those
   {"op": "info"}                       -> {"eos_ids", "vocab_size", "sha256", "has_chat_template"}
 
-A request that fails is answered with {"error": "..."}; the process ends at end of input.
+A request that fails is answered with {"error": "...", "exit_code": n}, and so is each one where the
+model has no tokenizer that can be loaded; the process ends at end of input.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from errors import PrepareError, run_reporting_errors
+from errors import BUG, PrepareError, run_reporting_errors
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -39,14 +41,14 @@ def answer(tokenizer: Tokenizer, request: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="GGUF file or Hugging Face directory")
-    tokenizer = load_tokenizer(parser.parse_args().model)
+    model, load = parser.parse_args().model, functools.cache(load_tokenizer)
     for line in sys.stdin.buffer:
         try:
-            reply = answer(tokenizer, json.loads(line))
+            reply = answer(load(model), json.loads(line))
         except PrepareError as error:
-            reply = {"error": str(error)}
+            reply = {"error": str(error), "exit_code": error.exit_code}
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            reply = {"error": f"malformed request: {type(error).__name__}: {error}"}
+            reply = {"error": f"malformed request: {type(error).__name__}: {error}", "exit_code": BUG}
         print(json.dumps(reply), flush=True)
 
 

@@ -11,6 +11,8 @@ namespace graft::kernels {
 
 constexpr int64_t kBlockElems = 64;
 constexpr int64_t kNestedBlockElems = 256;
+/// How many blocks hold `elems` elements, the last one perhaps not full.
+constexpr int64_t blocks_of(int64_t elems, int64_t block) { return (elems + block - 1) / block; }
 constexpr float kSmallestAbsmax =
     1e-38f;  // bitsandbytes divides by no less, so an all-zero block encodes zeros
 
@@ -68,7 +70,7 @@ struct FourBitView {
   const CodeBook* book;        ///< on the host
   int64_t num_elems;
 
-  int64_t num_blocks() const { return (num_elems + kBlockElems - 1) / kBlockElems; }
+  int64_t num_blocks() const { return blocks_of(num_elems, kBlockElems); }
 };
 
 enum class Element { kFloat32, kBfloat16, kFloat16 };

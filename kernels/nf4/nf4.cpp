@@ -51,7 +51,7 @@ FourBitView view_of(const FourBitCodes& q, int64_t num_elems) {
     view.absmax = floats(q.absmax, num_blocks, "absmax");
     return view;
   }
-  const int64_t num_nested = (num_blocks + kNestedBlockElems - 1) / kNestedBlockElems;
+  const int64_t num_nested = blocks_of(num_blocks, kNestedBlockElems);
   const at::Tensor& values = q.nested_values.defined() ? q.nested_values : dynamic_map();
   GRAFT_CHECK(values.is_cpu(), ExitCode::kData, "4-bit weight: nested_values are on ",
               values.device(), ", expected cpu");
@@ -88,8 +88,11 @@ void nest(FourBitCodes& q) {
   const c10::ParallelGuard serial(true);  // a mean over threads would depend on their number
   const int64_t n = absmax.numel();
   const at::Tensor codes = at::empty({n}, at::kByte);
-  const at::Tensor nested = at::empty({(n + kNestedBlockElems - 1) / kNestedBlockElems});
+  const at::Tensor nested = at::empty({blocks_of(n, kNestedBlockElems)});
   q.nested_offset = absmax.mean().item<float>();
+  GRAFT_CHECK(
+      std::isfinite(q.nested_offset), ExitCode::kData,
+      "4-bit double quantisation of a matrix whose scales sum up to more than float32 holds");
   cpu::quantize_nested(absmax.const_data_ptr<float>(), n, q.nested_offset,
                        dynamic_map().const_data_ptr<float>(), codes.mutable_data_ptr<uint8_t>(),
                        nested.mutable_data_ptr<float>());
@@ -104,7 +107,7 @@ FourBitCodes quantize(const at::Tensor& w, FourBitType type, Scales scales) {
               "4-bit quantisation takes float32 or bfloat16, not ", w.scalar_type());
   GRAFT_CHECK(w.numel() > 0, "4-bit quantisation of an empty matrix ", w.sizes());
   const at::Tensor values = w.to(at::kFloat).contiguous();
-  const int64_t n = values.numel(), num_blocks = (n + kBlockElems - 1) / kBlockElems;
+  const int64_t n = values.numel(), num_blocks = blocks_of(n, kBlockElems);
   FourBitCodes q;
   q.type = type;
   q.codes = at::empty({(n + 1) / 2}, values.options().dtype(at::kByte));

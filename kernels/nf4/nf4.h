@@ -26,7 +26,8 @@ struct FourBitCodes {
 
 /// Encodes a matrix; the same bits on CPU and CUDA and for any number of threads.
 /// @param w  float32 or bfloat16, any shape, finite
-/// @throws graft::Error on other types, on an empty matrix and on non-finite values
+/// @throws graft::Error on other types and on an empty matrix; (kData) on non-finite values and,
+/// nested, on a sum of scales that float32 cannot hold
 FourBitCodes quantize(const at::Tensor& w, FourBitType type, Scales scales);
 
 /// Rebuilds a matrix: value[code] * absmax in float32, then rounded to the type of `out` (nearest

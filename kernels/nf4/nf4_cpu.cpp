@@ -211,9 +211,10 @@ void quantize_nested(const float* values, int64_t n, float offset, const float* 
     for (int64_t i = 0; i < count; ++i) centred[i] = values[first + i] - offset;
     const float largest = largest_magnitude(centred, count);
     nested_absmax[first / kNestedBlockElems] = largest;
-    const float factor = 1.0f / largest;
+    const float factor = 1.0f / std::max(largest, kSmallestAbsmax);
     for (int64_t i = 0; i < count; ++i) {
-      const float scaled = std::clamp(centred[i] * factor, -1.0f, 1.0f);
+      // In this order NaN becomes 1: the index below is in range whatever the caller passes.
+      const float scaled = std::max(-1.0f, std::min(1.0f, centred[i] * factor));
       const float step = (scaled + 1.0f) * 0.5f * 65535.0f + 0.5f;
       codes[first + i] = largest == 0 ? 0 : lookup[static_cast<int>(step)];
     }

@@ -79,7 +79,7 @@ at::Tensor backward_pass(const at::Tensor& d_y, const at::Tensor& x, const at::T
 struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                             const at::Tensor& weight, double epsilon) {
-    const at::Tensor y = at::empty_like(x);
+    at::Tensor y = at::empty_like(x);
     const at::Tensor rstd = at::empty({x.numel() / weight.numel()}, x.options().dtype(at::kFloat));
     forward_pass(x, weight, static_cast<float>(epsilon), y, rstd);
     ctx->save_for_backward({x, weight, rstd});

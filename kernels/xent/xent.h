@@ -14,7 +14,7 @@ namespace graft::kernels {
 constexpr int64_t kIgnoredLabel = -100;  ///< rows with this label have no loss and no gradient
 
 /// Memory for the logits of one chunk of rows, in bytes.
-constexpr int64_t kLogitsBytesCpu = int64_t{128} << 20;
+constexpr int64_t kLogitsBytesCpu = int64_t{32} << 20;
 constexpr int64_t kLogitsBytesCuda = int64_t{512} << 20;
 
 enum class Gradient { kCompute, kSkip };

@@ -1,21 +1,15 @@
 #include "launcher/checkpoint/checkpoint.h"
 
-#include <ATen/ATen.h>
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 #include "configs/check.h"
 #include "configs/log.h"
 #include "launcher/checkpoint/manifest.h"
-#include "launcher/run_record.h"
+#include "launcher/checkpoint/moments.h"
 #include "models/io/json_file.h"
 #include "models/io/safetensors.h"
 
@@ -25,66 +19,32 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
+constexpr int kTrainerFormat = 1;
 constexpr const char* kTrainerFile = "trainer.json";
-constexpr const char* kMoments[] = {"exp_avg", "exp_avg_sq"};
 
-std::string name_of(int64_t step) { return fs::path(checkpoint_path("", step)).filename(); }
-
-/// This rank's share of the moments: elements [begin, end) of all parameters in one row, as pieces
-/// of parameters. Key: exp_avg/NAME/BEGIN, BEGIN the piece's first element in its parameter.
-models::io::NamedTensors own_moments(const peft::ParamSet& params, AdamW& optimizer, int rank,
-                                     int world) {
-  const int64_t total = params.numel(), share = (total + world - 1) / world;
-  const int64_t begin = std::min(total, share * rank), end = std::min(total, begin + share);
-  models::io::NamedTensors pieces;
-  int64_t at = 0;
-  for (size_t i = 0; i < params.all().size(); ++i) {
-    const int64_t size = params.all()[i].value.numel();
-    const int64_t from = std::max(begin, at) - at, to = std::min(end, at + size) - at;
-    at += size;
-    if (from >= to) continue;
-    for (const auto& [moment, tensors] : {std::pair{kMoments[0], &optimizer.first_moments()},
-                                          std::pair{kMoments[1], &optimizer.second_moments()}}) {
-      pieces.emplace_back(
-          std::string(moment) + "/" + params.all()[i].name + "/" + std::to_string(from),
-          (*tensors)[i].flatten().slice(0, from, to).cpu());
+/// What tells that the rows are those of before: how many, how long, by which tokenizer.
+Json data_facts(const data::Corpus& corpus) {
+  Digest digest;
+  int64_t tokens = 0;
+  for (const data::TokenShard& shard : corpus.shards()) {
+    digest.update(shard.tokenizer_sha256().data(), shard.tokenizer_sha256().size());
+    for (int64_t row = 0; row < shard.num_samples(); ++row) {
+      const int64_t length = shard.length(row);
+      digest.update(&length, sizeof length);
     }
+    tokens += shard.num_tokens();
   }
-  return pieces;
+  return {{"documents", corpus.num_documents()}, {"tokens", tokens}, {"lengths", digest.hex()}};
 }
 
-/// Fills the moments from the pieces of all ranks of the saving run.
-void load_moments(const std::string& directory, int world, const peft::ParamSet& params,
-                  AdamW& optimizer) {
-  const int64_t expected = 2 * params.numel();
-  int64_t filled = 0;
-  for (int rank = 0; rank < world; ++rank) {
-    const models::io::SafetensorsFile file(directory + "/state-" + std::to_string(rank) + "-of-" +
-                                           std::to_string(world) + ".safetensors");
-    for (const auto& entry : file.entries()) {
-      const size_t first = entry.name.find('/'), last = entry.name.rfind('/');
-      GRAFT_CHECK(first != last, ExitCode::kData, file.path(), ": unexpected tensor ", entry.name);
-      const std::string moment = entry.name.substr(0, first),
-                        name = entry.name.substr(first + 1, last - first - 1);
-      const int64_t begin = std::stoll(entry.name.substr(last + 1));
-      const Tensor piece = file.read(entry.name);
-      for (size_t i = 0; i < params.all().size(); ++i) {
-        if (params.all()[i].name != name) continue;
-        auto& moments =
-            moment == kMoments[0] ? optimizer.first_moments() : optimizer.second_moments();
-        moments[i].view(-1).narrow(0, begin, piece.numel()).copy_(piece);
-        filled += piece.numel();
-      }
-    }
-  }
-  GRAFT_CHECK(filled == expected, ExitCode::kData, directory, ": holds ", filled,
-              " elements of moments, expected ", expected);
+int64_t configured_accumulation(const Run& run) {
+  return run.accumulation_in_file.value_or(run.train.gradient_accumulation_steps);
 }
 
-Json trainer_state(Trainer& trainer, const World& world, const std::string& fingerprint) {
+Json trainer_state(Trainer& trainer, const Workbench& bench, const Run& run) {
   const TrainState& s = trainer.state();
   const auto& skipped = trainer.loader().skipped();
-  return {{"format", 1},
+  return {{"format", kTrainerFormat},
           {"step", s.step},
           {"max_steps", trainer.max_steps()},
           {"optimizer_steps", trainer.optimizer().num_steps()},
@@ -95,14 +55,92 @@ Json trainer_state(Trainer& trainer, const World& world, const std::string& fing
           {"best_eval_loss", s.best_step < 0 ? Json(nullptr) : Json(s.best_eval_loss)},
           {"best_step", s.best_step},
           {"skipped_documents", std::vector<int64_t>(skipped.begin(), skipped.end())},
-          {"world", world.size()},
+          {"world", bench.world.size()},
           {"lanes_per_step", trainer.num_lanes()},
-          {"base_fingerprint", fingerprint}};
+          {"accumulation_in_file", configured_accumulation(run)},
+          {"data", data_facts(trainer.loader().corpus())},
+          {"base_fingerprint", bench.fingerprint}};
+}
+
+/// trainer.json of a checkpoint that was verified.
+class SavedState {
+ public:
+  explicit SavedState(const std::string& directory)
+      : path_(directory + "/" + kTrainerFile), values_(models::io::read_json_file(path_)) {
+    GRAFT_CHECK(number("format") == kTrainerFormat, ExitCode::kNoCheckpoint, path_, ": format ",
+                number("format"), " is not known to this program, which reads ", kTrainerFormat);
+  }
+  const Json& at(const char* key) const {
+    GRAFT_CHECK(values_.contains(key), ExitCode::kNoCheckpoint, path_, ": ", key, " is missing");
+    return values_.at(key);
+  }
+  int64_t number(const char* key) const {
+    GRAFT_CHECK(at(key).is_number_integer(), ExitCode::kNoCheckpoint, path_, ": ", key, " is ",
+                at(key).dump(), ", expected an integer");
+    return at(key).get<int64_t>();
+  }
+  /// A resumed run can be made longer, not shorter: its learning rate has fallen too far.
+  void check_not_shorter(int64_t max_steps) const {
+    GRAFT_CHECK(number("max_steps") <= max_steps, path_, " belongs to a run of ",
+                number("max_steps"), " steps, this one has ", max_steps,
+                "; a resumed run can be made longer, not shorter");
+  }
+
+ private:
+  std::string path_;
+  Json values_;
+};
+
+/// Lanes per step stay: on other ranks than the file was written for the accumulation follows them,
+/// each time the job is started again. Another accumulation for the same ranks is a change.
+void keep_lanes(const SavedState& saved, const World& world, Run& run) {
+  const int64_t lanes = saved.number("lanes_per_step"), ranks = world.size();
+  int& accumulation = run.train.gradient_accumulation_steps;
+  if (accumulation * ranks == lanes) return;
+  GRAFT_CHECK(lanes % ranks == 0, "the checkpoint's step has ", lanes, " micro-batches, which ",
+              ranks, " ranks cannot share evenly; start as many ranks as divide it");
+  GRAFT_CHECK(
+      ranks != saved.number("world") || accumulation == saved.number("accumulation_in_file"),
+      "the checkpoint's step has ", lanes, " micro-batches, this run's ", accumulation * ranks,
+      " (ranks x train.gradient_accumulation_steps = ", ranks, " x ", accumulation,
+      "); set the accumulation to ", lanes / ranks);
+  log::info(detail::concat("train.gradient_accumulation_steps: ", lanes / ranks, " instead of ",
+                           accumulation, ", so that on ", ranks, " ranks a step stays ", lanes,
+                           " micro-batches"));
+  run.accumulation_in_file = accumulation;
+  accumulation = static_cast<int>(lanes / ranks);
+}
+
+/// Why a checkpoint cannot be loaded, looked at by rank 0 for all; empty: it can.
+std::string verify_together(const std::string& directory, World& world) {
+  return dist::broadcast_text(*world.host, world.rank() == 0 ? verify(directory) : "", 0);
+}
+
+/// The counters of a run. The best adapter counts only while its checkpoint is there, unless no
+/// step is left that could find another.
+TrainState train_state(const SavedState& saved, const OutputDirectory& output,
+                       const Trainer& trainer, World& world) {
+  TrainState state;
+  state.step = saved.number("step");
+  state.cursor = {saved.number("epoch"), saved.number("position")};
+  state.tokens = saved.number("tokens");
+  state.non_finite_in_a_row = saved.number("non_finite_in_a_row");
+  const int64_t best = saved.number("best_step");
+  if (best < 0) return state;
+  const std::string problem = verify_together(checkpoint_path(output.path(), best), world);
+  if (problem.empty() || state.step >= trainer.max_steps()) {
+    state.best_step = best;
+    state.best_eval_loss = saved.at("best_eval_loss").get<double>();
+  } else {
+    log::warn(detail::concat("the checkpoint of step ", best, ", the best so far, is lost: ",
+                             problem, "; the best is sought among later steps"));
+  }
+  return state;
 }
 
 /// Whether all ranks did it; an error of one rank is everyone's.
 template <class F>
-void together(World& world, const char* what, F action) {
+void together(World& world, F action) {
   std::string failure;
   try {
     action();
@@ -110,46 +148,23 @@ void together(World& world, const char* what, F action) {
     failure = detail::concat("rank ", world.rank(), ": ", error.what());
   }
   for (const std::string& text : dist::gather_texts(*world.host, failure)) {
-    GRAFT_CHECK(text.empty(), ExitCode::kData, what, " failed: ", text);
+    GRAFT_CHECK(text.empty(), ExitCode::kData, "saving a checkpoint failed: ", text);
   }
 }
 
-/// Keeps the newest `limit` whole checkpoints and the best one.
-void prune(const std::string& checkpoints, int limit, const std::string& best) {
-  std::vector<std::string> whole;
-  for (const auto& entry : fs::directory_iterator(checkpoints)) {
-    if (fs::exists(entry.path() / kManifestFile)) whole.push_back(entry.path().filename());
-  }
-  std::sort(whole.rbegin(), whole.rend());
-  for (size_t i = static_cast<size_t>(limit); i < whole.size(); ++i) {
-    if (whole[i] == best) continue;
-    // Without its manifest it is no checkpoint any more, however far the removal gets.
-    fs::remove(fs::path(checkpoints) / whole[i] / kManifestFile);
-    fs::remove_all(fs::path(checkpoints) / whole[i]);
+/// Ranks hold the same adapter, or one of them computes wrongly: better no checkpoint than a false
+/// one.
+void check_same_adapter(const Workbench& bench, int64_t step) {
+  const auto hashes = dist::gather_texts(*bench.world.host, bench.adapters->params().hash());
+  for (size_t r = 0; r < hashes.size(); ++r) {
+    GRAFT_CHECK(hashes[r] == hashes[0], ExitCode::kNumerics, "step ", step,
+                ": the adapter of rank ", r, " differs from rank 0's; nothing was saved");
   }
 }
 
-}  // namespace
-
-OutputDirectory::OutputDirectory(std::string path, const World& world) : path_(std::move(path)) {
-  if (world.rank() != 0) return;
-  std::error_code error;
-  fs::create_directories(path_, error);
-  GRAFT_CHECK(!error, "checkpoint.output_dir: ", path_, " cannot be made: ", error.message());
-  const std::string file = path_ + "/LOCK";
-  lock_ = open(file.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
-  GRAFT_CHECK(lock_ >= 0, "checkpoint.output_dir: ", path_,
-              " cannot be written: ", std::strerror(errno));
-  GRAFT_CHECK(flock(lock_, LOCK_EX | LOCK_NB) == 0, "checkpoint.output_dir: ", path_,
-              " is in use by another running job; choose another one");
-}
-
-OutputDirectory::~OutputDirectory() {
-  if (lock_ >= 0) close(lock_);
-}
-
-void save_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
-  const peft::BaseFacts base{run.model.name_or_path, "CAUSAL_LM", bench.fingerprint};
+void write_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
+  const peft::BaseFacts base{run.model.name_or_path, "CAUSAL_LM", bench.fingerprint,
+                             run.model.revision.value_or("")};
   for (size_t i = 0; i < bench.adapters->num_trained(); ++i) {
     const std::string part = peft::part_directory(directory, i, bench.adapters->num_trained());
     fs::create_directories(part);
@@ -160,121 +175,114 @@ void save_adapter(const std::string& directory, const Workbench& bench, const Ru
   }
 }
 
-void save_checkpoint(const std::string& output_dir, Workbench& bench, Trainer& trainer,
-                     const Run& run) {
-  World& world = bench.world;
-  const std::string checkpoints = output_dir + "/checkpoints", name = name_of(trainer.state().step);
-  const std::string temporary = checkpoints + "/.tmp-" + name,
-                    final_path = checkpoints + "/" + name;
-  // Ranks hold the same adapter, or one of them computes wrongly: better no checkpoint than a false
-  // one.
-  const std::string hash = bench.adapters->params().hash();
-  const auto hashes = dist::gather_texts(*world.host, hash);
-  for (size_t r = 0; r < hashes.size(); ++r) {
-    GRAFT_CHECK(hashes[r] == hashes[0], ExitCode::kNumerics, "step ", trainer.state().step,
-                ": the adapter of rank ", r, " differs from rank 0's; nothing was saved");
-  }
-  together(world, "saving a checkpoint", [&] {
-    if (world.rank() == 0) fs::remove_all(temporary), fs::create_directories(temporary);
-  });
-  const std::string state = "state-" + std::to_string(world.rank()) + "-of-" +
-                            std::to_string(world.size()) + ".safetensors";
-  together(world, "saving a checkpoint", [&] {
-    models::io::write_safetensors(
-        temporary + "/" + state,
-        own_moments(bench.adapters->params(), trainer.optimizer(), world.rank(), world.size()), {});
-    if (world.rank() != 0) return;
-    save_adapter(temporary, bench, run);
-    write_text(temporary + "/config.yaml", configs::dump(run));
-    write_text(temporary + "/" + kTrainerFile,
-               trainer_state(trainer, world, bench.fingerprint).dump(2) + "\n");
-  });
-  together(world, "saving a checkpoint", [&] {
-    if (world.rank() != 0) return;
-    Manifest manifest;
-    for (const auto& entry : fs::recursive_directory_iterator(temporary)) {
-      if (entry.is_regular_file())
-        manifest[fs::relative(entry.path(), temporary)] = facts_of(entry.path());
-    }
-    write_manifest(temporary, manifest);
-    sync_directory(temporary);
-    fs::remove_all(final_path);  // the same step of an attempt that went another way
-    fs::rename(temporary, final_path);
-    sync_directory(checkpoints);
-    const auto limit = run.checkpoint.save_total_limit;
-    if (limit)
-      prune(checkpoints, *limit,
-            trainer.state().best_step < 0 ? "" : name_of(trainer.state().best_step));
-  });
+/// This rank's files of a checkpoint: its share of the moments, and on rank 0 what all ranks share.
+void write_parts(const std::string& directory, const Workbench& bench, Trainer& trainer,
+                 const Run& run) {
+  const World& world = bench.world;
+  save_moments(directory, world.rank(), world.size(), bench.adapters->params(),
+               trainer.optimizer());
+  if (world.rank() != 0) return;
+  write_adapter(directory, bench, run);
+  write_text(directory + "/config.yaml", configs::dump(run));
+  write_text(directory + "/" + kTrainerFile, trainer_state(trainer, bench, run).dump(2) + "\n");
 }
 
-std::optional<std::string> find_checkpoint(const std::string& output_dir, World& world) {
-  std::string choice, passed_over;
-  if (world.rank() == 0 && fs::is_directory(output_dir + "/checkpoints")) {
-    std::vector<std::string> names;
-    for (const auto& entry : fs::directory_iterator(output_dir + "/checkpoints")) {
-      const std::string name = entry.path().filename();
-      if (name.starts_with("step-")) names.push_back(name);
-    }
-    std::sort(names.rbegin(), names.rend());
-    for (const std::string& name : names) {
-      const std::string problem = verify(output_dir + "/checkpoints/" + name);
-      if (problem.empty()) {
-        choice = output_dir + "/checkpoints/" + name;
-        break;
-      }
-      passed_over += "\n  " + name + ": " + problem;
-    }
+/// The manifest of all files that stand in the folder now.
+void seal(const std::string& directory) {
+  Manifest manifest;
+  for (const auto& entry : fs::recursive_directory_iterator(directory)) {
+    if (entry.is_regular_file())
+      manifest[fs::relative(entry.path(), directory)] = facts_of(entry.path());
   }
-  choice = dist::broadcast_text(*world.host, choice, 0);
-  passed_over = dist::broadcast_text(*world.host, passed_over, 0);
-  GRAFT_CHECK(!choice.empty() || passed_over.empty(), ExitCode::kNoCheckpoint, output_dir,
-              ": no checkpoint can be loaded:", passed_over,
-              "\nTo start over, choose another checkpoint.output_dir.");
-  if (!passed_over.empty()) log::warn("checkpoints passed over:" + passed_over);
-  return choice.empty() ? std::nullopt : std::optional(choice);
+  write_manifest(directory, manifest);
 }
 
-void load_checkpoint(const std::string& directory, Workbench& bench, Trainer& trainer,
-                     const Run& run) {
-  const std::string problem = verify(directory);
-  GRAFT_CHECK(problem.empty(), ExitCode::kNoCheckpoint, directory, ": ", problem);
+}  // namespace
+
+std::optional<std::string> checkpoint_to_resume(const std::string& resume, OutputDirectory& output,
+                                                World& world, const Run& run) {
+  auto newest = output.newest_checkpoint(world);
+  if (!newest && world.rank() == 0) output.check_unused(configs::dump(run));
+  if (resume == "auto") return newest;
+  GRAFT_CHECK(
+      resume != "never" || !newest, "--resume never: ", output.path(), " holds a run already (",
+      newest.value_or(""),
+      "). Use --resume auto to continue it, another checkpoint.output_dir, or remove the folder.");
+  if (resume == "never") return std::nullopt;
+  GRAFT_CHECK(fs::exists(resume), "--resume: ", resume, " does not exist");
+  GRAFT_CHECK(!newest || fs::equivalent(resume, *newest), "--resume ", resume, ": ", output.path(),
+              " goes on to ", newest.value_or(""),
+              "; to branch off, choose another checkpoint.output_dir");
+  const std::string problem = verify_together(resume, world);
+  GRAFT_CHECK(problem.empty(), ExitCode::kNoCheckpoint, resume, ": ", problem);
+  return resume;
+}
+
+void prepare_resume(const std::string& directory, const data::Corpus& corpus, const World& world,
+                    Run& run) {
   const auto conflicts =
       resume_conflicts(configs::read_file(directory + "/config.yaml"), configs::dump(run));
   GRAFT_CHECK(conflicts.empty(), directory, " was made with another configuration:\n  ",
               configs::join(conflicts, "\n  "),
               "\nPut these back, or choose another checkpoint.output_dir.");
-  const Json saved = models::io::read_json_file(directory + "/" + kTrainerFile);
-  const auto number = [&](const char* key) {
-    GRAFT_CHECK(saved.contains(key) && saved[key].is_number_integer(), ExitCode::kNoCheckpoint,
-                directory, "/", kTrainerFile, ": ", key, " is missing");
-    return saved[key].get<int64_t>();
-  };
-  GRAFT_CHECK(number("lanes_per_step") == trainer.num_lanes(), "the checkpoint's step has ",
-              number("lanes_per_step"), " micro-batches, this run's ", trainer.num_lanes(),
-              " (ranks x train.gradient_accumulation_steps = ", bench.world.size(), " x ",
-              run.train.gradient_accumulation_steps, "); set the accumulation to ",
-              number("lanes_per_step"), " / ranks");
-  GRAFT_CHECK(number("max_steps") <= trainer.max_steps(), directory, " belongs to a run of ",
-              number("max_steps"), " steps, this one has ", trainer.max_steps(),
-              "; a resumed run can be made longer, not shorter");
-  GRAFT_CHECK(saved.value("base_fingerprint", "") == bench.fingerprint, ExitCode::kData, directory,
-              ": was made on a base with fingerprint ", saved.value("base_fingerprint", ""),
+  const SavedState saved(directory);
+  if (run.train.max_steps) saved.check_not_shorter(*run.train.max_steps);
+  keep_lanes(saved, world, run);
+  const Json& before = saved.at("data");
+  const Json now = data_facts(corpus);
+  GRAFT_CHECK(before == now, ExitCode::kData, "data.train: the files changed since ", directory,
+              " was made: ", before.dump(), " then, ", now.dump(),
+              " now. Put them back, or choose another checkpoint.output_dir.");
+}
+
+void load_checkpoint(const std::string& directory, const OutputDirectory& output, Workbench& bench,
+                     Trainer& trainer) {
+  const SavedState saved(directory);
+  saved.check_not_shorter(trainer.max_steps());  // where epochs set the steps
+  GRAFT_CHECK(saved.at("base_fingerprint") == bench.fingerprint, ExitCode::kData, directory,
+              ": was made on a base with fingerprint ", saved.at("base_fingerprint").dump(),
               ", this one has ", bench.fingerprint);
   bench.adapters->load(directory);
-  load_moments(directory, static_cast<int>(number("world")), bench.adapters->params(),
+  load_moments(directory, static_cast<int>(saved.number("world")), bench.adapters->params(),
                trainer.optimizer());
-  trainer.optimizer().set_num_steps(number("optimizer_steps"));
-  TrainState state;
-  state.step = number("step");
-  state.cursor = {number("epoch"), number("position")};
-  state.tokens = number("tokens");
-  state.non_finite_in_a_row = number("non_finite_in_a_row");
-  state.best_step = number("best_step");
-  if (state.best_step >= 0) state.best_eval_loss = saved.at("best_eval_loss").get<double>();
-  trainer.restore(state);
+  trainer.optimizer().set_num_steps(saved.number("optimizer_steps"));
+  trainer.restore(train_state(saved, output, trainer, bench.world));
   for (const auto& document : saved.at("skipped_documents"))
     trainer.loader().skip(document.get<int64_t>());
+}
+
+void save_checkpoint(OutputDirectory& output, Workbench& bench, Trainer& trainer, const Run& run) {
+  World& world = bench.world;
+  const TrainState& state = trainer.state();
+  const std::string path = checkpoint_path(output.path(), state.step);
+  check_same_adapter(bench, state.step);
+  std::optional<FolderReplacement> folder;  // of rank 0; gone again if any rank fails
+  together(world, [&] {
+    if (world.rank() == 0) folder.emplace(path);
+  });
+  together(world, [&] { write_parts(FolderReplacement::partial_path(path), bench, trainer, run); });
+  together(world, [&] {
+    if (world.rank() != 0) return;
+    seal(folder->partial_path());
+    folder->commit();
+    const auto limit = run.checkpoint.save_total_limit;
+    if (limit) output.prune(state.step, *limit, state.best_step);
+  });
+}
+
+void load_best_adapter(const OutputDirectory& output, Workbench& bench, Trainer& trainer) {
+  World& world = bench.world;
+  const std::string best = checkpoint_path(output.path(), trainer.state().best_step);
+  const std::string problem = verify_together(best, world);
+  GRAFT_CHECK(problem.empty(), ExitCode::kNoCheckpoint, "the best adapter, ", best, ": ", problem,
+              ". eval.load_best_model_at_end=false takes that of the last step.");
+  bench.adapters->load(best);
+}
+
+void save_adapter(const OutputDirectory& output, const Workbench& bench, const Run& run) {
+  FolderReplacement folder(output.adapter_path());
+  write_adapter(folder.partial_path(), bench, run);
+  folder.commit();
 }
 
 }  // namespace graft::launcher

@@ -6,44 +6,43 @@
 #include <optional>
 #include <string>
 
+#include "launcher/checkpoint/folder.h"
 #include "launcher/trainer.h"
 
 namespace graft::launcher {
 
-/// The run's folder, held by one job at a time.
-class OutputDirectory {
- public:
-  /// Makes the folder and locks it (rank 0).
-  /// @throws graft::Error (kUsage) if another job holds it
-  OutputDirectory(std::string path, const World& world);
-  ~OutputDirectory();
-  OutputDirectory(const OutputDirectory&) = delete;
-  OutputDirectory& operator=(const OutputDirectory&) = delete;
-  const std::string& path() const { return path_; }
+/// Where to go on, after --resume: "auto", "never" or a checkpoint's path; nothing: from the start.
+/// A path whose folder holds newer checkpoints is refused: two histories in one folder cannot be
+/// told apart later. Collective.
+/// @throws graft::Error (kUsage) also for a folder that another run has left without checkpoints
+std::optional<std::string> checkpoint_to_resume(const std::string& resume, OutputDirectory& output,
+                                                World& world, const Run& run);
 
- private:
-  std::string path_;
-  int lock_ = -1;
-};
+/// Checks, before any weight is read, that `run` continues the run that wrote `directory`. A step
+/// keeps its lanes: on another rank count `run` gets another accumulation, and says so.
+/// @param corpus  of data.train
+/// @throws graft::Error (kUsage) listing what differs between the checkpoint's config and `run`,
+/// or if the ranks do not divide the lanes; (kData) if the rows are others
+void prepare_resume(const std::string& directory, const data::Corpus& corpus, const World& world,
+                    Run& run);
 
-/// Writes checkpoints/step-NNNNNNNN, then removes all but the newest `limit` (and the best).
+/// Takes over adapter, moments, cursor and counters. Written at any world size. Collective.
+/// @throws graft::Error (kUsage) if the run has become shorter; (kData) on another base
+void load_checkpoint(const std::string& directory, const OutputDirectory& output, Workbench& bench,
+                     Trainer& trainer);
+
+/// Writes checkpoints/step-NNNNNNNN, then removes those beyond checkpoint.save_total_limit.
 /// Collective.
 /// @throws graft::Error (kData) on every rank if any rank cannot write; earlier checkpoints are
 /// untouched
-void save_checkpoint(const std::string& output_dir, Workbench& bench, Trainer& trainer,
-                     const Run& run);
+void save_checkpoint(OutputDirectory& output, Workbench& bench, Trainer& trainer, const Run& run);
 
-/// The newest folder under `output_dir` that verifies, or nothing if there is none at all; says
-/// which were passed over. Collective: all ranks get rank 0's choice.
-/// @throws graft::Error (kNoCheckpoint) if there are checkpoints and none is good
-std::optional<std::string> find_checkpoint(const std::string& output_dir, World& world);
+/// The adapter of state().best_step takes the place of the last one. Collective.
+/// @throws graft::Error (kNoCheckpoint) if it is damaged or gone
+void load_best_adapter(const OutputDirectory& output, Workbench& bench, Trainer& trainer);
 
-/// Takes over adapter, moments, cursor and counters. Written at any world size.
-/// @throws graft::Error (kUsage) listing what differs between the checkpoint's config and `run`
-void load_checkpoint(const std::string& directory, Workbench& bench, Trainer& trainer,
-                     const Run& run);
-
-/// Writes the trained adapters in PEFT's layout into `directory`, whole or not at all. Rank 0.
-void save_adapter(const std::string& directory, const Workbench& bench, const Run& run);
+/// Writes the trained adapters in PEFT's layout into output_dir/adapter, which changes as a whole.
+/// Rank 0.
+void save_adapter(const OutputDirectory& output, const Workbench& bench, const Run& run);
 
 }  // namespace graft::launcher

@@ -2,17 +2,14 @@
 
 #include <fcntl.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #include <array>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
-#include <sstream>
 #include <vector>
 
 #include "configs/check.h"
@@ -22,38 +19,32 @@
 namespace graft::launcher {
 namespace {
 
-constexpr int kFormat = 1;
+constexpr int kManifestFormat = 1;
 
 }  // namespace
+
+Digest::Digest() : state_(XXH3_createState(), &XXH3_freeState) { XXH3_128bits_reset(state_.get()); }
+
+std::string Digest::hex() const {
+  const XXH128_hash_t h = XXH3_128bits_digest(state_.get());
+  std::array<char, 33> text{};
+  std::snprintf(text.data(), text.size(), "%016llx%016llx",
+                static_cast<unsigned long long>(h.high64),
+                static_cast<unsigned long long>(h.low64));
+  return text.data();
+}
 
 FileFacts facts_of(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   GRAFT_CHECK(in.good(), ExitCode::kData, path, ": cannot be read: ", std::strerror(errno));
-  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(),
-                                                                       &XXH3_freeState);
-  XXH3_128bits_reset(state.get());
-  FileFacts facts;
+  Digest digest;
+  uint64_t bytes = 0;
   std::vector<char> buffer(size_t{1} << 20);
   while (in.read(buffer.data(), static_cast<std::streamsize>(buffer.size())), in.gcount() > 0) {
-    XXH3_128bits_update(state.get(), buffer.data(), static_cast<size_t>(in.gcount()));
-    facts.bytes += static_cast<uint64_t>(in.gcount());
+    digest.update(buffer.data(), static_cast<size_t>(in.gcount()));
+    bytes += static_cast<uint64_t>(in.gcount());
   }
-  const XXH128_hash_t h = XXH3_128bits_digest(state.get());
-  std::array<char, 33> hex{};
-  std::snprintf(hex.data(), hex.size(), "%016llx%016llx", static_cast<unsigned long long>(h.high64),
-                static_cast<unsigned long long>(h.low64));
-  facts.hash = hex.data();
-  return facts;
-}
-
-std::string to_text(const FileFacts& facts) {
-  return std::to_string(facts.bytes) + " " + facts.hash;
-}
-
-FileFacts from_text(const std::string& text) {
-  FileFacts facts;
-  std::istringstream(text) >> facts.bytes >> facts.hash;
-  return facts;
+  return {bytes, digest.hex()};
 }
 
 void write_text(const std::string& path, const std::string& text) {
@@ -66,17 +57,18 @@ void write_manifest(const std::string& directory, const Manifest& manifest) {
   for (const auto& [name, facts] : manifest)
     files[name] = {{"bytes", facts.bytes}, {"xxh3_128", facts.hash}};
   write_text(directory + "/" + kManifestFile,
-             nlohmann::json{{"format", kFormat}, {"files", files}}.dump(2) + "\n");
+             nlohmann::json{{"format", kManifestFormat}, {"files", files}}.dump(2) + "\n");
 }
 
 std::string verify(const std::string& directory) {
   namespace fs = std::filesystem;
   const std::string path = directory + "/" + kManifestFile;
+  if (!fs::is_directory(directory)) return "there is no such folder";
   if (!fs::exists(path))
     return "it has no " + std::string(kManifestFile) + ": the save was cut off";
   try {
     const nlohmann::json manifest = models::io::read_json_file(path);
-    if (manifest.at("format") != kFormat)
+    if (manifest.at("format") != kManifestFormat)
       return "format " + manifest.at("format").dump() + " is not known";
     if (manifest.at("files").empty()) return "its manifest lists no file";
     for (const auto& [name, expected] : manifest.at("files").items()) {

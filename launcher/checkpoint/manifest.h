@@ -2,11 +2,25 @@
 // folder without one is not a checkpoint; verifying it finds every flipped, cut or missing byte.
 #pragma once
 
+#include <xxhash.h>
+
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 
 namespace graft::launcher {
+
+/// XXH3-128 of bytes that come in pieces.
+class Digest {
+ public:
+  Digest();
+  void update(const void* bytes, size_t size) { XXH3_128bits_update(state_.get(), bytes, size); }
+  std::string hex() const;
+
+ private:
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_;
+};
 
 struct FileFacts {
   uint64_t bytes = 0;
@@ -19,8 +33,6 @@ constexpr const char* kManifestFile = "MANIFEST.json";
 
 /// Size and hash of a file. @throws graft::Error (kData)
 FileFacts facts_of(const std::string& path);
-std::string to_text(const FileFacts& facts);
-FileFacts from_text(const std::string& text);
 
 /// Writes a text file whole or not at all, flushed to disk.
 void write_text(const std::string& path, const std::string& text);

@@ -1,27 +1,31 @@
 // graft eval: held-out metrics of the base, an adapter or a run.
 #include <nlohmann/json.hpp>
 
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "data/loader.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/evaluate.h"
 #include "launcher/facts.h"
+#include "launcher/trainer.h"
 #include "launcher/verbs/verbs.h"
+#include "models/base.h"
 
 namespace graft::launcher {
 namespace {
 
-struct Arguments {
+struct EvalArguments {
   RunArguments run;
-  std::string adapter, logits;
+  std::string adapter, logits, output;
   bool base = false, json = false;
 };
 
 /// --adapter, else the run's own adapter, else the config's start; `said` tells which.
-void choose_adapter(const Arguments& arguments, Run& run, std::string& said) {
+void choose_adapter(const EvalArguments& arguments, Run& run, std::string& said) {
   const std::string trained = run.checkpoint.output_dir + "/adapter";
   std::string directory = arguments.adapter;
   if (directory.empty() && std::filesystem::exists(trained)) directory = trained;
@@ -42,23 +46,44 @@ void choose_adapter(const Arguments& arguments, Run& run, std::string& said) {
   said = "adapter " + directory;
 }
 
-int eval(const Arguments& arguments, const dist::Topology& topology, dist::MpiSession* session) {
+/// Loading a large base takes minutes: what is wrong with the data is told before.
+void check_eval_data(const EvalArguments& arguments, const Run& run) {
+  GRAFT_CHECK(!run.data.eval.values.empty(), arguments.run.config,
+              ": data.eval names no shards to evaluate on");
+  const auto model = models::make_model(models::read_base_config(run.model.name_or_path));
+  check_vocabulary(data::Corpus(run.data.eval.values), model->info());
+}
+
+void write_record(const std::string& path, const nlohmann::ordered_json& record) {
+  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  if (!folder.empty()) std::filesystem::create_directories(folder);
+  write_text(path, record.dump(2) + "\n");
+}
+
+int eval(const EvalArguments& arguments, const dist::Topology& topology,
+         dist::MpiSession* session) {
   auto run = configs::load_config<Run>(arguments.run.config, arguments.run.overrides);
   World world = join_world(topology, session, run.parallel);
   std::string what;
   choose_adapter(arguments, run, what);
+  check_eval_data(arguments, run);
   Workbench bench = build_workbench(world, run);
   log::info("evaluating " + what);
   if (!arguments.logits.empty()) write_logits(bench, run, arguments.logits);
   const EvalResult result = evaluate(bench, run);
+  GRAFT_CHECK(std::isfinite(result.loss), ExitCode::kNumerics, "the held-out loss of ", what,
+              " is ", result.loss,
+              ": these weights compute numbers that are not finite; try model.dtype=float32, and "
+              "look at them with `graft inspect`");
   if (world.rank() != 0) return 0;
   const nlohmann::ordered_json record = {{"what", what},
                                          {"metrics", {{"loss", result.loss}}},
                                          {"target_tokens", result.targets},
                                          {"documents", result.documents},
                                          {"base_fingerprint", bench.fingerprint}};
-  std::filesystem::create_directories(run.checkpoint.output_dir);
-  write_text(run.checkpoint.output_dir + "/eval.json", record.dump(2) + "\n");
+  write_record(
+      arguments.output.empty() ? run.checkpoint.output_dir + "/eval.json" : arguments.output,
+      record);
   if (arguments.json) {
     std::printf("%s\n", record.dump().c_str());
   } else {
@@ -73,7 +98,7 @@ int eval(const Arguments& arguments, const dist::Topology& topology, dist::MpiSe
 
 void add_eval(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("eval", "Held-out loss of the base, an adapter or a run");
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<EvalArguments>();
   add_run_arguments(*verb, arguments->run);
   auto* adapter =
       verb->add_option("--adapter", arguments->adapter,
@@ -81,10 +106,12 @@ void add_eval(CLI::App& app, Command& command) {
   verb->add_flag("--base", arguments->base, "the base without any adapter")->excludes(adapter);
   verb->add_option("--logits", arguments->logits,
                    "also write the logits of each eval row (safetensors, float32)");
+  verb->add_option("--output", arguments->output,
+                   "file for what was measured (JSON); default: output_dir/eval.json");
   verb->add_flag("--json", arguments->json, "one JSON object on standard output");
   verb->footer(
       "Examples:\n  graft eval configs/runs/quickstart.yaml\n"
-      "  mpirun -np 2 graft eval run.yaml --adapter runs/quickstart/adapter --json");
+      "  graft eval configs/runs/quickstart.yaml --base --output runs/quickstart/before.json");
   verb->callback([arguments, &command] {
     command.run_on_ranks = [arguments](const dist::Topology& topology, dist::MpiSession* session) {
       return eval(*arguments, topology, session);

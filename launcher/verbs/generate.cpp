@@ -1,9 +1,12 @@
 // graft generate: text from a base with adapters, streamed to the terminal or written to a file.
 #include <nlohmann/json.hpp>
 
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <utility>
 
 #include "configs/check.h"
 #include "launcher/checkpoint/manifest.h"
@@ -15,7 +18,7 @@
 namespace graft::launcher {
 namespace {
 
-struct Arguments {
+struct GenerateArguments {
   std::string run_dir, model, prompt, prompts, output;
   std::vector<std::string> adapters;
   std::string quantization = "nf4", dtype = "auto";
@@ -23,7 +26,7 @@ struct Arguments {
 };
 
 /// The run that --model and --adapter, or a run's folder, mean.
-Run run_of(const Arguments& arguments) {
+Run run_of(const GenerateArguments& arguments) {
   Run run;
   if (!arguments.run_dir.empty()) {
     run = configs::load_config<Run>(arguments.run_dir + "/config.yaml");
@@ -46,16 +49,27 @@ Run run_of(const Arguments& arguments) {
   return run;
 }
 
-std::vector<std::string> prompts_of(const Arguments& arguments) {
+/// Whether a JSON writer, told to leave out what is not UTF-8, has nothing to leave out.
+bool is_utf8(const std::string& text) {
+  using nlohmann::json;
+  const std::string kept = json(text).dump(-1, ' ', false, json::error_handler_t::ignore);
+  return json::parse(kept).get_ref<const std::string&>() == text;
+}
+
+std::vector<std::string> prompts_of(const GenerateArguments& arguments) {
   if (arguments.prompts.empty()) {
     GRAFT_CHECK(!arguments.prompt.empty(), "generate: give --prompt TEXT or --prompts FILE");
+    GRAFT_CHECK(is_utf8(arguments.prompt), "--prompt: not UTF-8");
     return {arguments.prompt};
   }
   GRAFT_CHECK(!arguments.output.empty(), "generate: --prompts needs --output");
   std::ifstream in(arguments.prompts);
   GRAFT_CHECK(in.good(), ExitCode::kData, arguments.prompts, ": cannot be read");
   std::vector<std::string> prompts;
+  int64_t number = 0;
   for (std::string line; std::getline(in, line);) {
+    ++number;
+    GRAFT_CHECK(is_utf8(line), ExitCode::kData, arguments.prompts, ":", number, ": not UTF-8");
     if (!line.empty()) prompts.push_back(line);
   }
   GRAFT_CHECK(!prompts.empty(), ExitCode::kData, arguments.prompts,
@@ -64,42 +78,49 @@ std::vector<std::string> prompts_of(const Arguments& arguments) {
 }
 
 /// Prints text as it grows. A character may need several tokens: what ends in the replacement mark
-/// waits for more.
+/// waits for more. The tokens shown last are decoded again as the context of the new ones.
 class Stream {
  public:
-  Stream(TokenizerPipe& tokenizer, bool visible) : tokenizer_(tokenizer), visible_(visible) {}
+  explicit Stream(TokenizerPipe& tokenizer) : tokenizer_(tokenizer) {}
   void operator()(int64_t token) {
-    ids_.push_back(token);
-    const std::string text = tokenizer_.decode(ids_);
-    if (text.ends_with("\xEF\xBF\xBD")) return;
-    if (visible_)
-      std::printf("%s", text.substr(std::min(shown_, text.size())).c_str()), std::fflush(stdout);
-    shown_ = text.size();
+    new_.push_back(token);
+    std::vector<int64_t> both = shown_;
+    both.insert(both.end(), new_.begin(), new_.end());
+    const std::string text = tokenizer_.decode(both);
+    const size_t known = tokenizer_.decode(shown_).size();
+    if (text.ends_with("\xEF\xBF\xBD") || text.size() <= known) return;
+    std::fwrite(text.data() + known, 1, text.size() - known, stdout);
+    std::fflush(stdout);
+    shown_ = std::exchange(new_, {});
   }
 
  private:
   TokenizerPipe& tokenizer_;
-  bool visible_;
-  std::vector<int64_t> ids_;
-  size_t shown_ = 0;
+  std::vector<int64_t> shown_, new_;
 };
 
-int generate_text(const Arguments& arguments, const dist::Topology& topology,
+int generate_text(const GenerateArguments& arguments, const dist::Topology& topology,
                   dist::MpiSession* session) {
+  GRAFT_CHECK(!std::isnan(arguments.options.temperature), "--temperature: not a number");
   const auto prompts = prompts_of(arguments);
   Run run = run_of(arguments);
   World world = join_world(topology, session, run.parallel);
   TokenizerPipe tokenizer(run.model.name_or_path);
+  std::vector<std::vector<int64_t>> rendered;  // before the base: what fails here fails at once
+  for (const std::string& prompt : prompts) rendered.push_back(tokenizer.render(prompt));
   Workbench bench = build_workbench(world, run);
   GenerateOptions options = arguments.options;
   options.eos_ids = tokenizer.eos_ids();
+  const bool visible = arguments.output.empty() && world.rank() == 0;
   std::string lines;
-  for (const std::string& prompt : prompts) {
-    Stream stream(tokenizer, arguments.output.empty() && world.rank() == 0);
-    const auto ids = generate(bench, tokenizer.render(prompt), options, std::ref(stream));
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    std::function<void(int64_t)> on_token = [](int64_t) {};
+    if (visible) on_token = Stream(tokenizer);
+    options.prompt_number = static_cast<int64_t>(i);
+    const auto ids = generate(bench, rendered[i], options, on_token);
     lines +=
         nlohmann::ordered_json{
-            {"prompt", prompt}, {"text", tokenizer.decode(ids)}, {"tokens", ids.size()}}
+            {"prompt", prompts[i]}, {"text", tokenizer.decode(ids)}, {"tokens", ids.size()}}
             .dump() +
         "\n";
   }
@@ -116,7 +137,7 @@ int generate_text(const Arguments& arguments, const dist::Topology& topology,
 
 void add_generate(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("generate", "Text from a base with adapters");
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<GenerateArguments>();
   auto* run = verb->add_option("RUN_DIR", arguments->run_dir,
                                "a finished run: its base, settings and adapter");
   verb->add_option("--model", arguments->model, "Hugging Face folder or GGUF file")->excludes(run);

@@ -9,12 +9,12 @@
 namespace graft::launcher {
 namespace {
 
-struct Arguments {
+struct InspectArguments {
   std::string path;
   bool json = false;
 };
 
-int run_inspect(const Arguments& arguments) {
+int run_inspect(const InspectArguments& arguments) {
   const Inspection result = inspect(arguments.path);
   std::fputs((arguments.json ? facts_json(result.facts) : facts_text(result.facts)).c_str(),
              stdout);
@@ -26,7 +26,7 @@ int run_inspect(const Arguments& arguments) {
 void add_inspect(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand(
       "inspect", "What a file or folder holds, and whether it is sound (exit 3 if not)");
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<InspectArguments>();
   verb->add_option("PATH", arguments->path,
                    "adapter, checkpoint or model folder; token shard (.h5, read whole), .gguf or "
                    ".safetensors file")

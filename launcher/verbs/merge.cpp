@@ -50,7 +50,7 @@ void add_merge(CLI::App& app, Command& command) {
       ->capture_default_str();
   verb->add_option("--max-file-bytes", options->max_file_bytes,
                    "a larger model is cut into several files")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 50, "BYTES"))
       ->capture_default_str();
   verb->footer(
       "Examples:\n  graft merge --model models/llama --adapter runs/quickstart/adapter --output "

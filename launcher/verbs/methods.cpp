@@ -16,7 +16,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Arguments {
+struct MethodsArguments {
   std::string name, model;
   bool json = false;
 };
@@ -90,9 +90,19 @@ void add_fit(const std::string& method, Facts& facts) {
   facts["mergeable"] = trial.mergeable && !fits.empty();
 }
 
+/// All keys of an entry of the `peft` list with this method.
 configs::FieldDoc fields_of(const std::string& method) {
-  const auto made = peft::methods().make(method);
-  return configs::describe_section([&](configs::Fields& f) { made->fields(f); });
+  peft::MethodEntry entry{method, peft::methods().make(method), std::nullopt};
+  return configs::describe_section([&](configs::Fields& f) { entry.fields(f); });
+}
+
+/// The forms `graft export` and `graft merge` can give it.
+std::vector<std::string> forms(const std::string& peft_type, bool mergeable) {
+  std::vector<std::string> names;
+  if (!peft_type.empty()) names = {"peft", "safetensors"};
+  if (peft_type == "LORA") names.emplace_back("gguf");
+  if (mergeable) names.emplace_back("merged model");
+  return names;
 }
 
 Facts method_facts_of(const peft::MethodFacts& method, const std::string& model) {
@@ -103,6 +113,7 @@ Facts method_facts_of(const peft::MethodFacts& method, const std::string& model)
               {"formula", method.summary}};
   facts["peft_type"] = type.empty() ? Facts(nullptr) : Facts(type);
   add_fit(method.name, facts);
+  facts["exports_to"] = forms(type, facts["mergeable"]);
   if (!model.empty()) {
     const Trial trial = attach(method.name, model);
     facts["on_model"] = {
@@ -115,7 +126,7 @@ Facts method_facts_of(const peft::MethodFacts& method, const std::string& model)
   return facts;
 }
 
-int methods_verb(const Arguments& arguments) {
+int methods_verb(const MethodsArguments& arguments) {
   const auto& all = peft::method_facts();
   if (arguments.name.empty()) {
     GRAFT_CHECK(arguments.model.empty(), "methods: --model needs the name of a method");
@@ -150,7 +161,7 @@ int methods_verb(const Arguments& arguments) {
 
 void add_methods(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("methods", "The methods, or one with its fields");
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<MethodsArguments>();
   verb->add_option("NAME", arguments->name, "a method");
   verb->add_option("--model", arguments->model,
                    "count what it trains, with its defaults, on this model or shape file");

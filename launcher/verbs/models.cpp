@@ -16,7 +16,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Arguments {
+struct ModelsArguments {
   std::string name;
   bool json = false;
 };
@@ -90,7 +90,7 @@ Facts model_facts(const std::string& path) {
           {"config", config}};
 }
 
-int models_verb(const Arguments& arguments) {
+int models_verb(const ModelsArguments& arguments) {
   Facts facts;
   if (arguments.name.empty()) {
     facts = catalogue();
@@ -110,7 +110,7 @@ int models_verb(const Arguments& arguments) {
 
 void add_models(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("models", "The model families and shipped shapes, or one model");
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<ModelsArguments>();
   verb->add_option("NAME", arguments->name, "a shape of configs/models, or the path of a model");
   verb->add_flag("--json", arguments->json, "one JSON object on standard output");
   verb->footer("Examples:\n  graft models\n  graft models llama3_8b --json");

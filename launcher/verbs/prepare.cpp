@@ -29,6 +29,7 @@ void add_prepare(CLI::App& app, Command& command) {
   auto* verb =
       app.add_subcommand("prepare", "Raw text, chat or classification data to HDF5 shards");
   verb->prefix_command();  // everything after the verb is prepare.py's, --help too
+  verb->fallthrough(false);
   verb->set_help_flag();
   verb->callback([verb, &command] { command.run = [verb] { return prepare(verb->remaining()); }; });
 }

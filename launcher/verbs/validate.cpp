@@ -4,33 +4,18 @@
 #include <nlohmann/json.hpp>
 
 #include "configs/check.h"
-#include "data/loader.h"
-#include "launcher/run.h"
+#include "launcher/dry_run.h"
 #include "launcher/verbs/verbs.h"
-#include "models/base.h"
-#include "peft/peft.h"
 
 namespace graft::launcher {
 namespace {
 
-struct Arguments {
+struct ValidateArguments {
   RunArguments run;
   bool schema_only = false, print_schema = false;
 };
 
-/// What can be known without reading weights: shards open, the model's shape is known, targets
-/// match slots.
-void check_files(Run& run) {
-  for (const auto* files : {&run.data.train, &run.data.eval}) {
-    if (!files->values.empty()) data::Corpus corpus(files->values);
-  }
-  const auto model = models::make_model(models::read_base_config(run.model.name_or_path));
-  peft::Peft adapters(*model, at::kCPU, 0);
-  for (const std::string& directory : run.model.adapters.values) adapters.attach_frozen(directory);
-  adapters.attach(run.peft);
-}
-
-int validate(const Arguments& arguments) {
+int validate(const ValidateArguments& arguments) {
   if (arguments.print_schema) {
     std::printf("%s\n", configs::json_schema(configs::describe(Run{})).dump(2).c_str());
     return 0;
@@ -46,17 +31,18 @@ int validate(const Arguments& arguments) {
 
 void add_run_arguments(CLI::App& verb, RunArguments& arguments) {
   verb.add_option("CONFIG", arguments.config, "run file (YAML)")->required();
-  verb.add_option("OVERRIDES", arguments.overrides, "section.key=value ...");
+  verb.add_option("OVERRIDES", arguments.overrides,
+                  "section.key=value ...; all keys and defaults: graft validate --print-schema");
 }
 
 void add_validate(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("validate", "Check a run file: every mistake in one pass");
-  auto arguments = std::make_shared<Arguments>();
+  auto arguments = std::make_shared<ValidateArguments>();
   verb->add_option("CONFIG", arguments->run.config, "run file (YAML)");
   verb->add_option("OVERRIDES", arguments->run.overrides, "section.key=value ...");
   verb->add_flag("--schema-only", arguments->schema_only, "do not look for files");
   verb->add_flag("--print-schema", arguments->print_schema,
-                 "write the JSON schema of run files, for editors");
+                 "list all keys with type, range and default (JSON schema, for editors too)");
   verb->footer(
       "Examples:\n  graft validate configs/runs/quickstart.yaml\n"
       "  graft validate run.yaml train.learning_rate=1e-4 --schema-only");

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "configs/check.h"
+#include "kernels/nf4/code_books.h"
 #include "kernels/nf4/nf4.h"
 #include "models/io/json_file.h"
 
@@ -15,15 +16,11 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kBlock = 64;
-constexpr int64_t kNestedBlock = 256;
 constexpr std::string_view kStateMark = ".quant_state.bitsandbytes__";
 
 kernels::FourBitType kernel_type(const std::string& quant_type) {
   return quant_type == "nf4" ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4;
 }
-
-int64_t blocks_of(int64_t elems, int64_t block) { return (elems + block - 1) / block; }
 
 at::ScalarType matrix_dtype(const json& state, const std::string& where) {
   const json name = state.value("dtype", json());
@@ -78,8 +75,8 @@ QuantState parse_quant_state(std::string_view text, std::string_view part,
               ": quantisation '", result.quant_type, "' is not supported (nf4 and fp4 are)");
   GRAFT_CHECK(state.value("quant_type", json()) == result.quant_type, ExitCode::kData, where,
               ": quant_type disagrees with the tensor's name");
-  GRAFT_CHECK(state.value("blocksize", json()) == kBlock, ExitCode::kData, where, ": blocksize ",
-              state.value("blocksize", json()).dump(), " is not supported (64 is)");
+  GRAFT_CHECK(state.value("blocksize", json()) == kernels::kBlockElems, ExitCode::kData, where,
+              ": blocksize ", state.value("blocksize", json()).dump(), " is not supported (64 is)");
   result.dtype = matrix_dtype(state, where);
   result.shape = matrix_shape(state, where);
   result.nested = state.contains("nested_offset");
@@ -87,7 +84,7 @@ QuantState parse_quant_state(std::string_view text, std::string_view part,
                   state.contains("nested_dtype") == result.nested,
               ExitCode::kData, where, ": has some nested_ keys but not all");
   if (result.nested) {
-    GRAFT_CHECK(state["nested_blocksize"] == kNestedBlock, ExitCode::kData, where,
+    GRAFT_CHECK(state["nested_blocksize"] == kernels::kNestedBlockElems, ExitCode::kData, where,
                 ": nested_blocksize ", state["nested_blocksize"].dump(),
                 " is not supported (256 is)");
     GRAFT_CHECK(state["nested_dtype"] == "float32" || state["nested_dtype"] == "bfloat16",
@@ -118,7 +115,7 @@ FourBit read_four_bit_matrix(const std::string& name, const QuantState& state,
                              const std::string& where,
                              const std::function<at::Tensor(const std::string&)>& read_part) {
   const int64_t elems = state.shape[0] * state.shape[1];
-  const int64_t blocks = blocks_of(elems, kBlock);
+  const int64_t blocks = kernels::blocks_of(elems, kernels::kBlockElems);
   const auto part = [&](const char* suffix, int64_t size, at::ArrayRef<at::ScalarType> dtypes) {
     return check_part(read_part(name + suffix), size, dtypes, where + suffix);
   };
@@ -135,7 +132,7 @@ FourBit read_four_bit_matrix(const std::string& name, const QuantState& state,
       ExitCode::kData, where, ".quant_map: not the code book of ", state.quant_type);
   if (state.nested) {
     // CPU re-saves write the second level in bfloat16; every consumer wants float32.
-    const int64_t groups = blocks_of(blocks, kNestedBlock);
+    const int64_t groups = kernels::blocks_of(blocks, kernels::kNestedBlockElems);
     matrix.nested_absmax =
         part(".nested_absmax", groups, {at::kFloat, at::kBFloat16}).to(at::kFloat);
     matrix.nested_code = part(".nested_quant_map", 256, {at::kFloat, at::kBFloat16}).to(at::kFloat);

@@ -3,8 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include <cstring>
-
 #include "configs/check.h"
 #include "models/io/gguf_dequantize.h"
 
@@ -40,18 +38,23 @@ at::Tensor GgufSource::read(const std::string& name) {
   const auto found = by_name_.find(name);
   GRAFT_CHECK(found != by_name_.end(), ExitCode::kData, file_.path(), ": no tensor '", name, "'");
   const GgufTensor& tensor = *found->second;
-  const auto bytes = file_.view(tensor.offset, tensor.bytes);
+  const auto fill = [&](const at::Tensor& bytes) {
+    file_.read(tensor.offset, {static_cast<std::byte*>(bytes.data_ptr()), tensor.bytes});
+  };
   if (const auto dtype = plain_dtype(tensor.type)) {
     at::Tensor plain = at::empty(tensor.shape, *dtype);
-    std::memcpy(plain.data_ptr(), bytes.data(), bytes.size());
+    fill(plain);
     return plain;
   }
+  const at::Tensor stored = at::empty({static_cast<int64_t>(tensor.bytes)}, at::kByte);
+  fill(stored);
+  const auto* blocks = static_cast<const std::byte*>(stored.const_data_ptr());
   at::Tensor dense = at::empty(tensor.shape, at::kFloat);
   float* values = dense.mutable_data_ptr<float>();
   const GgmlTypeInfo& type = ggml_type_info(tensor.type);
   const int64_t num_blocks = dense.numel() / type.block_elems;
   at::parallel_for(0, num_blocks, (1 << 15) / type.block_elems, [&](int64_t begin, int64_t end) {
-    dequantize_ggml(tensor.type, bytes.data() + begin * type.block_bytes, end - begin,
+    dequantize_ggml(tensor.type, blocks + begin * type.block_bytes, end - begin,
                     values + begin * type.block_elems);
   });
   return dense;

@@ -1,6 +1,7 @@
-// MappedFile: a foreign file, mapped read-only, whose every access is checked against its size. The
-// formats parse it in place, so nothing is allocated from a number in a file before that number was
-// held against the file's size.
+// MappedFile: a foreign file, its head mapped for parsing, its tensors read by request. The formats
+// parse the mapping in place, so nothing is allocated from a number in a file before that number
+// was held against the file's size. What is read long after opening goes through read(): touching
+// the mapping of a file that someone cut short meanwhile would end the process by SIGBUS.
 #pragma once
 
 #include <cstddef>
@@ -23,11 +24,16 @@ class MappedFile {
   const std::string& path() const { return path_; }
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
-  /// @throws graft::Error (kData) unless [offset, offset + size) lies inside the file
-  std::span<const std::byte> view(uint64_t offset, uint64_t size) const;
+  /// Fills `out` with the file's bytes from `offset` on.
+  /// @throws graft::Error (kData) unless all of them are inside the file, as it was when opened and
+  /// as it is now
+  void read(uint64_t offset, std::span<std::byte> out) const;
 
  private:
+  void map();
+
   std::string path_;
+  int file_ = -1;
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -26,7 +26,9 @@ std::string hint(const fs::path& folder) {
   return unreadable ? "; " + unreadable.message() : "";
 }
 
-bool has_safetensors(const fs::path& folder) {
+}  // namespace
+
+bool has_safetensors(const std::string& folder) {
   std::error_code unreadable;
   for (const auto& entry : fs::directory_iterator(folder, unreadable)) {
     const std::string name = entry.path().filename().string();
@@ -34,8 +36,6 @@ bool has_safetensors(const fs::path& folder) {
   }
   return false;
 }
-
-}  // namespace
 
 std::unique_ptr<TensorSource> open_source(const std::string& path) {
   std::error_code unreadable;

@@ -13,4 +13,7 @@ namespace graft::models::io {
 /// files (.bin, .pt)
 std::unique_ptr<TensorSource> open_source(const std::string& path);
 
+/// Whether there are weights that open_source would look at: a folder may hold only a config.
+bool has_safetensors(const std::string& folder);
+
 }  // namespace graft::models::io

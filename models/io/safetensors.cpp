@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "configs/check.h"
 
@@ -15,7 +14,7 @@ struct DtypePair {
   at::ScalarType type;
 };
 
-constexpr DtypePair kDtypes[] = {
+constexpr DtypePair kTensorTypes[] = {
     {"F32", at::kFloat},
     {"F16", at::kHalf},
     {"BF16", at::kBFloat16},
@@ -36,14 +35,14 @@ constexpr DtypePair kDtypes[] = {
 };
 
 at::ScalarType scalar_type(std::string_view dtype) {
-  for (const DtypePair& pair : kDtypes) {
+  for (const DtypePair& pair : kTensorTypes) {
     if (pair.name == dtype) return pair.type;
   }
   GRAFT_ASSERT(false, "the header parser let dtype ", dtype, " through");
 }
 
 std::string dtype_name(const std::string& tensor, at::ScalarType type) {
-  for (const DtypePair& pair : kDtypes) {
+  for (const DtypePair& pair : kTensorTypes) {
     if (pair.type == type) return std::string(pair.name);
   }
   throw Error(ExitCode::kUsage, detail::concat("tensor '", tensor, "': dtype ", c10::toString(type),
@@ -65,14 +64,12 @@ const SafetensorsEntry* SafetensorsFile::find(std::string_view name) const {
 at::Tensor SafetensorsFile::read(std::string_view name) const {
   const SafetensorsEntry* entry = find(name);
   GRAFT_CHECK(entry != nullptr, ExitCode::kData, path(), ": no tensor '", name, "'");
-  const auto source = bytes(*entry);
-  if (entry->dtype == "BOOL") {
-    GRAFT_CHECK(
-        std::all_of(source.begin(), source.end(), [](std::byte b) { return b <= std::byte{1}; }),
-        ExitCode::kData, path(), ": tensor '", name, "' holds bools other than 0 and 1");
-  }
   at::Tensor tensor = at::empty(entry->shape, scalar_type(entry->dtype));
-  if (!source.empty()) std::memcpy(tensor.data_ptr(), source.data(), source.size());
+  const std::span data(static_cast<std::byte*>(tensor.data_ptr()), entry->bytes);
+  file_.read(entry->offset, data);
+  GRAFT_CHECK(entry->dtype != "BOOL" || std::all_of(data.begin(), data.end(),
+                                                    [](std::byte b) { return b <= std::byte{1}; }),
+              ExitCode::kData, path(), ": tensor '", name, "' holds bools other than 0 and 1");
   return tensor;
 }
 

@@ -29,10 +29,6 @@ class SafetensorsFile {
   /// @throws graft::Error (kData) if there is none of that name, or if a BOOL holds something else
   /// than 0 and 1
   at::Tensor read(std::string_view name) const;
-  /// The tensor's bytes as mapped; valid as long as this object.
-  std::span<const std::byte> bytes(const SafetensorsEntry& entry) const {
-    return file_.view(entry.offset, entry.bytes);
-  }
 
  private:
   MappedFile file_;

@@ -20,8 +20,9 @@ using nlohmann::json;
 static_assert(std::endian::native == std::endian::little, "file integers are read as they lie");
 
 constexpr uint64_t kLengthBytes = 8;
-constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the reference library's cap
+constexpr uint64_t kMaxJsonBytes = 100'000'000;  // the reference library's cap
 constexpr size_t kMaxTensors = 100'000;
+constexpr size_t kMostDimensions = 8;  // no checkpoint has more; LibTorch itself stops at 64
 
 constexpr SafetensorsDtype kDtypes[] = {
     {"U64", 8},     {"I64", 8},     {"F64", 8}, {"C64", 8}, {"F32", 4},  {"U32", 4},
@@ -45,15 +46,19 @@ const json& member(const json& object, const char* key, const std::string& where
 }
 
 /// Bytes of a tensor; the product is checked at each step, so a shape cannot wrap around to a small
-/// size.
+/// size. A size of 0 does not hide the others: strides are products of them too.
 uint64_t checked_bytes(const std::vector<int64_t>& shape, uint64_t element_bytes,
                        const std::string& where) {
-  uint64_t bytes = element_bytes;
-  for (int64_t size : shape) {
-    GRAFT_CHECK(!__builtin_mul_overflow(bytes, static_cast<uint64_t>(size), &bytes),
-                ExitCode::kData, where, ": the product of its shape overflows");
+  GRAFT_CHECK(shape.size() <= kMostDimensions, ExitCode::kData, where, ": ", shape.size(),
+              " dimensions; at most ", kMostDimensions, " are allowed");
+  auto bytes = static_cast<int64_t>(element_bytes);
+  bool empty = false;
+  for (const int64_t size : shape) {
+    GRAFT_CHECK(!__builtin_mul_overflow(bytes, std::max<int64_t>(size, 1), &bytes), ExitCode::kData,
+                where, ": the product of its shape overflows");
+    empty |= size == 0;
   }
-  return bytes;
+  return empty ? 0 : static_cast<uint64_t>(bytes);
 }
 
 /// One entry, its offset still relative to the data.
@@ -136,9 +141,9 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
               " bytes is too short for a safetensors file");
   uint64_t length = 0;
   std::memcpy(&length, file.data(), kLengthBytes);
-  GRAFT_CHECK(length <= file.size() - kLengthBytes && length <= kMaxHeaderBytes, ExitCode::kData,
+  GRAFT_CHECK(length <= file.size() - kLengthBytes && length <= kMaxJsonBytes, ExitCode::kData,
               path, ": the header claims ", length, " bytes, the file has ",
-              file.size() - kLengthBytes, " (limit ", kMaxHeaderBytes,
+              file.size() - kLengthBytes, " (limit ", kMaxJsonBytes,
               "); not a safetensors file, or cut short");
   const std::string_view text(reinterpret_cast<const char*>(file.data()) + kLengthBytes, length);
   GRAFT_CHECK(text.starts_with('{'), ExitCode::kData, path, ": the header must start with '{'");

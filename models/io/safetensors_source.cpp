@@ -73,8 +73,9 @@ void SafetensorsSource::find_four_bit() {
     const std::string name(quant_state_owner(part));
     if (name.empty()) continue;
     const std::string where = files_[file].path() + ": tensor '" + part + "'";
-    const auto bytes = files_[file].bytes(*files_[file].find(part));
-    const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    const at::Tensor state_bytes = files_[file].read(part);
+    const std::string_view text(static_cast<const char*>(state_bytes.const_data_ptr()),
+                                state_bytes.nbytes());
     const auto [state, fresh] = four_bit_.emplace(name, parse_quant_state(text, part, where));
     GRAFT_CHECK(fresh, ExitCode::kData, where, ": a second quantisation state of '", name, "'");
     for (const std::string& needed : four_bit_parts(name, state->second)) {

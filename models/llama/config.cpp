@@ -1,4 +1,5 @@
 // Hugging Face config.json, of transformers 4 or 5, to LlamaConfig.
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "configs/check.h"
@@ -48,21 +49,46 @@ std::vector<double> numbers(const Json& object, const char* name) {
   return out;
 }
 
+/// The keys that a scaling rule cannot do without.
+void check_rope_type(const Json& scaling, const std::string& type) {
+  static const std::map<std::string, std::vector<const char*>> kNeeded = {
+      {"default", {}},         {"linear", {"factor"}},
+      {"dynamic", {"factor"}}, {"llama3", {"factor", "low_freq_factor", "high_freq_factor"}},
+      {"yarn", {"factor"}},    {"longrope", {"short_factor", "long_factor"}},
+  };
+  const auto needed = kNeeded.find(type);
+  GRAFT_CHECK(needed != kNeeded.end(), ExitCode::kData, "model config: rope_type '", type,
+              "' is not known; known: default, linear, dynamic, llama3, yarn, longrope");
+  for (const char* name : needed->second) {
+    GRAFT_CHECK(field(scaling, name) != nullptr, ExitCode::kData, "model config: rope_type ", type,
+                " needs ", name);
+  }
+}
+
 /// transformers 5 has one dict, rope_parameters; 4 has rope_theta and rope_scaling with `rope_type`
-/// or `type`.
-RopeConfig read_rope(const Json& config) {
-  const Json* nested = field(config, "rope_parameters");
-  if (nested == nullptr) nested = field(config, "rope_scaling");
+/// or `type`. Of both, 5.17 takes a rope_scaling that is not empty, and the theta of neither
+/// rope_parameters.
+RopeConfig read_rope(const Json& config, int64_t max_length, int64_t head_dim) {
+  const Json* nested = field(config, "rope_scaling");
+  if (nested == nullptr || nested->empty()) nested = field(config, "rope_parameters");
   const Json scaling = nested == nullptr ? Json::object() : *nested;
-  GRAFT_CHECK(scaling.is_object(), ExitCode::kData, "model config: rope_scaling is not an object");
-  GRAFT_CHECK(get(scaling, "partial_rotary_factor", 1.0) == 1.0, ExitCode::kData,
+  GRAFT_CHECK(scaling.is_object(), ExitCode::kData,
+              "model config: rope_scaling or rope_parameters is not an object");
+  GRAFT_CHECK(get(scaling, "partial_rotary_factor", get(config, "partial_rotary_factor", 1.0)) == 1,
+              ExitCode::kData,
               "model config: partial_rotary_factor other than 1 is not in this family");
   RopeConfig rope;
   rope.theta = get(scaling, "rope_theta", get(config, "rope_theta", 10000.0));
   rope.type = get<std::string>(scaling, "rope_type", get<std::string>(scaling, "type", "default"));
-  rope.factor = get(scaling, "factor", 1.0);
-  rope.original_length = get<int64_t>(scaling, "original_max_position_embeddings",
-                                      get<int64_t>(config, "original_max_position_embeddings", 0));
+  check_rope_type(scaling, rope.type);
+  const bool outside = field(config, "original_max_position_embeddings") != nullptr;
+  rope.original_length =
+      size(outside ? config : scaling, "original_max_position_embeddings", max_length);
+  const auto ratio = static_cast<double>(max_length) / static_cast<double>(rope.original_length);
+  rope.factor = get(scaling, "factor", rope.type == "longrope" ? ratio : 1.0);
+  GRAFT_CHECK(rope.theta > 0 && rope.factor > 0, ExitCode::kData,
+              "model config: rope_theta = ", rope.theta, ", factor = ", rope.factor,
+              ", expected positive numbers");
   rope.low_freq_factor = get(scaling, "low_freq_factor", 1.0);
   rope.high_freq_factor = get(scaling, "high_freq_factor", 4.0);
   rope.beta_fast = get(scaling, "beta_fast", 32.0);
@@ -73,14 +99,21 @@ RopeConfig read_rope(const Json& config) {
   rope.truncate = get(scaling, "truncate", true);
   rope.short_factor = numbers(scaling, "short_factor");
   rope.long_factor = numbers(scaling, "long_factor");
+  for (const auto* factors : {&rope.short_factor, &rope.long_factor}) {
+    GRAFT_CHECK(rope.type != "longrope" || std::ssize(*factors) == head_dim / 2, ExitCode::kData,
+                "model config: longrope has ", factors->size(), " factors, expected ", head_dim / 2,
+                " (head_dim / 2)");
+  }
   return rope;
 }
 
 /// Window of each layer. Mistral: all. Qwen: off unless use_sliding_window, then from
-/// max_window_layers on.
+/// max_window_layers on. transformers' configs have 4096 where the key is absent; null is none.
 std::vector<int64_t> read_windows(const Json& config, const LlamaConfig& c) {
   std::vector<int64_t> windows(static_cast<size_t>(c.num_hidden_layers), 0);
-  const auto width = get<int64_t>(config, "sliding_window", 0);
+  const auto width =
+      get<int64_t>(config, "sliding_window", config.contains("sliding_window") ? 0 : 4096);
+  GRAFT_CHECK(width >= 0, ExitCode::kData, "model config: sliding_window = ", width);
   const bool qwen = c.model_type.starts_with("qwen");
   if (width == 0 || c.model_type == "llama" ||
       (qwen && !get(config, "use_sliding_window", false))) {
@@ -121,7 +154,7 @@ LlamaConfig LlamaConfig::from_json(const Json& config) {
   GRAFT_CHECK(act == "silu" || act == "swish", ExitCode::kData, "model config: hidden_act = ", act,
               ", this family has silu");
   c.rms_norm_eps = get(config, "rms_norm_eps", 1e-6);
-  c.rope = read_rope(config);
+  c.rope = read_rope(config, c.max_position_embeddings, c.head_dim);
   c.tie_word_embeddings = get(config, "tie_word_embeddings", false);
   c.qkv_bias = get(config, "attention_bias", c.model_type == "qwen2");
   c.o_bias = c.model_type == "llama" || c.model_type == "qwen3" ? c.qkv_bias : false;

@@ -17,6 +17,7 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list dy) {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): what autograd can save of a handle is a number
     const auto* weight = reinterpret_cast<const Weight*>(ctx->saved_data["weight"].toInt());
     return {kernels::gemm_linear(dy[0], weight->dense().t()), Tensor(), Tensor()};
   }

@@ -59,23 +59,20 @@ float scale_yarn(const RopeConfig& c, int64_t head_dim, double original, std::ve
   return static_cast<float>(yarn_mscale(c.factor, 1));
 }
 
-float scale_longrope(const RopeConfig& c, double original, int64_t max_length, int64_t length,
-                     std::vector<float>& f) {
+float scale_longrope(const RopeConfig& c, double original, int64_t length, std::vector<float>& f) {
   const auto& factors = static_cast<double>(length) > original ? c.long_factor : c.short_factor;
-  GRAFT_CHECK(factors.size() == f.size(), ExitCode::kData, "rope_scaling: longrope has ",
-              factors.size(), " factors, expected ", f.size(), " (head_dim / 2)");
+  GRAFT_ASSERT(factors.size() == f.size(), factors.size());
   for (size_t i = 0; i < f.size(); ++i) f[i] = static_cast<float>(f[i] / factors[i]);
   if (c.attention_factor > 0) return static_cast<float>(c.attention_factor);
-  const double factor = static_cast<double>(max_length) / original;
-  return factor <= 1 ? 1.0F
-                     : static_cast<float>(std::sqrt(1 + std::log(factor) / std::log(original)));
+  if (c.factor <= 1) return 1.0F;
+  return static_cast<float>(std::sqrt(1 + std::log(c.factor) / std::log(original)));
 }
 
 }  // namespace
 
 std::pair<std::vector<float>, float> inverse_frequencies(const RopeConfig& c, int64_t head_dim,
                                                          int64_t max_length, int64_t length) {
-  const auto original = static_cast<double>(c.original_length > 0 ? c.original_length : max_length);
+  const auto original = static_cast<double>(c.original_length);
   std::vector<float> f = plain(c.theta, head_dim);
   if (c.type == "default") return {f, 1.0F};
   if (c.type == "linear") {
@@ -96,9 +93,8 @@ std::pair<std::vector<float>, float> inverse_frequencies(const RopeConfig& c, in
     const float factor = scale_yarn(c, head_dim, original, f);
     return {f, factor};
   }
-  GRAFT_CHECK(c.type == "longrope", ExitCode::kData, "rope type '", c.type,
-              "' is not known; known: default, linear, dynamic, llama3, yarn, longrope");
-  const float factor = scale_longrope(c, original, max_length, length, f);
+  GRAFT_ASSERT(c.type == "longrope", c.type);
+  const float factor = scale_longrope(c, original, length, f);
   return {f, factor};
 }
 

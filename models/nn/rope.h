@@ -18,7 +18,7 @@ struct RopeConfig {
   double theta = 10000;
   std::string type = "default";  ///< default | linear | dynamic | llama3 | yarn | longrope
   double factor = 1;
-  int64_t original_length = 0;  ///< context before scaling; 0: the model's max_position_embeddings
+  int64_t original_length = 0;  ///< context before scaling (llama3, yarn, longrope)
   double low_freq_factor = 1, high_freq_factor = 4;            ///< llama3
   double beta_fast = 32, beta_slow = 1, attention_factor = 0;  ///< yarn (0: computed), longrope
   double mscale = 0, mscale_all_dim = 0;                       ///< yarn, DeepSeek's variant

@@ -3,7 +3,8 @@ transformers + peft + bitsandbytes, in turn on the same machine, random weights.
 
 usage: .venv/bin/python tests/bench/train_step.py [--steps 8] [--threads 2]
 Prints one JSON line a compute dtype: the bound (measured matmul rate over the step's arithmetic), the peer, ours (best
-step of each, tokens/s), the ratios, and the peak resident memory of both. Run it on a quiet machine.
+step of each, tokens/s), the ratios, and the peak resident memory of both. Then what it costs to have a rank a thread, its
+base sharded, instead of one rank with all threads on the same two rows. Run it on a quiet machine.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def write_shard(path: pathlib.Path) -> None:
         file["loss_mask"] = numpy.ones(rows * LENGTH, dtype=numpy.uint8)
 
 
-def run_ours(dtype: str, steps: int, threads: int) -> dict:
+def run_ours(dtype: str, steps: int, threads: int, ranks: int = 1, accumulation: int = 1) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         write_shard(pathlib.Path(folder) / "train.h5")
         (pathlib.Path(folder) / "run.yaml").write_text(f"""
@@ -98,15 +99,27 @@ schema: 1
 model: {{name_or_path: {ROOT}/configs/models/smollm2_135m.yaml, weights: random, quantization: nf4, dtype: {dtype}}}
 data: {{train: [{folder}/train.h5], max_length: {LENGTH}}}
 peft: [{{method: lora, r: 16, lora_alpha: 32, target_modules: all-linear}}]
-train: {{max_steps: {steps}}}
+train: {{max_steps: {steps}, gradient_accumulation_steps: {accumulation}}}
 parallel: {{threads_per_rank: {threads}}}
 checkpoint: {{output_dir: {folder}/run, save_steps: 0}}
 """)
         program = os.environ.get("GRAFT_BINARY_DIR", ROOT / "build/release")
-        subprocess.run([f"{program}/graft", "train", f"{folder}/run.yaml"], check=True, stderr=subprocess.DEVNULL)
+        launcher = [f"{ROOT}/cluster/mpirun.sh", "-np", str(ranks)] if ranks > 1 else []
+        subprocess.run([*launcher, f"{program}/graft", "train", f"{folder}/run.yaml"], check=True, stderr=subprocess.DEVNULL)
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
-    return {"tokens_per_s": LENGTH / min(line["step_ms"] for line in lines) * 1000,
+    return {"tokens_per_s": LENGTH * ranks * accumulation / min(line["step_ms"] for line in lines) * 1000,
             "peak_bytes": max(line["peak_memory_bytes"] for line in lines)}
+
+
+def compare_ranks(steps: int, threads: int) -> None:
+    """A rank a thread against one rank with all threads: the same rows a step, sharded against whole."""
+    one = run_ours("float32", steps, threads, accumulation=threads)
+    many = run_ours("float32", steps, 1, ranks=threads)
+    print(json.dumps({"row": f"{threads} ranks x 1 thread, {threads} x {LENGTH} tokens a step, float32", "unit": "tokens/s",
+                      f"1 rank x {threads} threads": round(one["tokens_per_s"], 1),
+                      "ours": round(many["tokens_per_s"], 1),
+                      "ours/1 rank": round(many["tokens_per_s"] / one["tokens_per_s"], 2),
+                      "our peak MiB a rank": many["peak_bytes"] >> 20}), flush=True)
 
 
 def main() -> None:
@@ -128,6 +141,7 @@ def main() -> None:
                           "ours": round(ours["tokens_per_s"], 1), "ours/limit": round(ours["tokens_per_s"] / limit, 2),
                           "ours/peer": round(ours["tokens_per_s"] / peer["tokens_per_s"], 2),
                           "peer peak MiB": peer["peak_bytes"] >> 20, "our peak MiB": ours["peak_bytes"] >> 20}), flush=True)
+    compare_ranks(arguments.steps, arguments.threads)
 
 
 if __name__ == "__main__":

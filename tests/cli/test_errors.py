@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 
 import h5py
@@ -120,6 +121,12 @@ def test_a_flipped_byte_in_a_shard_ends_the_run(config, tmp_path):
     assert adapter(tmp_path / "run") == before
 
 
+def test_a_missing_eval_shard_is_told_before_the_first_step(config, tmp_path):
+    path = config("eval.eval_steps=1")
+    assert "/tmp/no/such-*.h5: no such shard" in fails(DATA, path, "data.eval=[/tmp/no/such-*.h5]")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("spoil", [lambda path: path.write_text("not HDF5"),
                                    lambda path: os.truncate(path, path.stat().st_size // 2)])
 def test_a_file_that_is_no_shard_is_named(config, tmp_path, spoil):
@@ -174,6 +181,13 @@ def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
     assert f"{tmp_path}/file/run" in fails(USAGE, config(), f"checkpoint.output_dir={tmp_path}/file/run")
 
 
+@pytest.mark.parametrize("name, code", [("logs", DATA), ("checkpoints", USAGE)])
+def test_a_file_in_the_place_of_a_folder_is_named(config, tmp_path, name, code):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("")
+    assert f"{tmp_path}/run" in fails(code, config())
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 512 KiB, and a way to make it larger."""
@@ -193,7 +207,7 @@ def test_a_full_disk_ends_the_run_and_spoils_nothing(config, small_disk, tmp_pat
     error = fails(DATA, path)
     assert "No space left on device" in error and f"{disk}/run" in error
     saved = checkpoints(disk / "run")
-    assert 1 <= len(saved) < 10
+    assert 1 <= len(saved) < 10 and not list((disk / "run").rglob(".tmp-*"))
     before = metrics(disk / "run")
     assert "No space left on device" in fails(DATA, path)  # again, from the newest checkpoint
     assert metrics(disk / "run")[:2 * len(saved)] == before[:2 * len(saved)]
@@ -212,3 +226,5 @@ def test_a_config_written_by_a_run_is_read_again(config, tmp_path):
     assert adapter(tmp_path / "again") == adapter(tmp_path / "run")
     record = json.loads((tmp_path / "again/run.json").read_text())
     assert record["world"] == 1 and record["base_fingerprint"]
+    assert record["command"][1:] == ["train", f"{tmp_path}/run/config.yaml", f"checkpoint.output_dir={tmp_path}/again"]
+    assert record["hosts"] == [socket.gethostname()] and isinstance(record["gpus"], list)

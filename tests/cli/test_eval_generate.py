@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 from graft_cli import ORACLE, ROOT, graft, metrics, succeed, write_config, write_rows
 
 CASE = ORACLE / "llama_tied"
@@ -121,6 +123,26 @@ def test_sampling_repeats_with_its_seed(tmp_path):
     assert not GOLDEN["greedy_text"].startswith(one[0]["text"])
 
 
+def test_equal_prompts_of_a_file_are_sampled_apart(tmp_path):
+    flags = ["--max-new-tokens", 8, "--temperature", 1.5]
+    (alone,) = generate_lines(tmp_path, "What is gravity?\n", *flags)
+    first, second = generate_lines(tmp_path, "What is gravity?\n" * 2, *flags)
+    assert first == alone and second["text"] != alone["text"]
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(tmp_path):
+    (line,) = generate_lines(tmp_path, "What is gravity?\n", "--max-new-tokens", 6, "--temperature", "1e-39")
+    assert line["text"] and GOLDEN["greedy_text"].startswith(line["text"])
+
+
+def test_the_terminal_shows_the_text_of_the_file(tmp_path):
+    """The model answers in emoji, of three tokens each: none is shown in pieces."""
+    prompt, flags = "Write an emoji of a smiling face.", ["--max-new-tokens", 12]
+    (line,) = generate_lines(tmp_path, prompt + "\n", *flags)
+    shown = succeed("generate", *PLAIN, "--prompt", prompt, *flags).stdout
+    assert shown == line["text"] + "\n" and len(line["text"]) < line["tokens"]
+
+
 def test_a_finished_run_speaks_with_its_adapter(tmp_path):
     """One wild step on a few tokens changes what the model says; RUN_DIR and --model --adapter say the same."""
     write_rows(tmp_path / "rows.h5", [24, 24], vocab_size=GOLDEN["file"]["vocab"])
@@ -144,3 +166,30 @@ def test_what_generate_lacks_is_said(flags, said):
     done = graft("generate", *flags)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
+
+
+def test_text_that_is_not_utf8_is_shown_where_it_is(tmp_path):
+    done = graft("generate", *PLAIN, "--prompt", os.fsdecode(b"caf\xe9"))
+    assert done.returncode == 2 and "--prompt: not UTF-8" in done.stderr
+    (tmp_path / "latin1.txt").write_bytes(b"a\n\ncaf\xe9\n")
+    done = graft("generate", *PLAIN, "--prompts", tmp_path / "latin1.txt", "--output", tmp_path / "answers.jsonl")
+    assert done.returncode == 3 and "latin1.txt:3: not UTF-8" in done.stderr
+
+
+def test_a_temperature_that_is_no_number_is_wrong_usage():
+    done = graft("generate", *PLAIN, "--prompt", "x", "--temperature", "nan")
+    assert done.returncode == 2 and "--temperature" in done.stderr
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("config.json", '{"eos_token_id": "x"}', "eos_token_id"),
+    ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json"),
+    ("tokenizer_config.json", '{"chat_template": "{{ \'a\' * 900000000 }}"}', "too much memory"),
+    ("tokenizer.json", "{}", "tokenizer.json"),
+])
+def test_a_tokenizer_that_fails_is_an_error_in_the_data_said_once(tmp_path, name, content, said):
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0}, unk_token="x")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(content)
+    done = graft("generate", "--model", tmp_path, "--prompt", "x")
+    assert done.returncode == 3, done.stderr
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1

@@ -207,7 +207,7 @@ GOOD = FORMS["completion"]
 ])
 def test_bad_data_is_one_line_that_names_the_place(run, kind, files, where):
     code, error = run(kind, files)
-    assert code == 3 and where in error and error.startswith("graft prepare: ") and error.count("\n") == 1
+    assert code == 3 and where in error and error.startswith("error: graft prepare: ") and error.count("\n") == 1
 
 
 def test_huge_line_is_refused_before_it_is_held(run, monkeypatch):
@@ -249,19 +249,20 @@ def test_pipe_answers_line_by_line(tokenizer):
     assert render == {"ids": GOLDEN["prompt_ids"], "text": GOLDEN["prompt"]}
     assert encode == {"ids": [19556, 905]} and decode == {"text": GOLDEN["greedy_text"]}
     assert info == {"eos_ids": [2], "vocab_size": 49152, "sha256": tokenizer.sha256, "has_chat_template": True}
-    assert all(set(reply) == {"error"} for reply in (broken, *rest[:-1])) and len(rest) == 8
+    assert all(set(reply) == {"error", "exit_code"} for reply in (broken, *rest[:-1])) and len(rest) == 8
     assert rest[-1] == {"text": ""}
 
 
-def test_pipe_starts_in_time_and_fails_at_once(tmp_path):
+def test_pipe_starts_in_time_and_says_why_it_cannot(tmp_path):
     seconds = []
     for _ in range(3):
         started = time.monotonic()
         assert program("tokenizer_pipe.py", "--model", MODEL, text='{"op": "info"}\n').returncode == 0
         seconds.append(time.monotonic() - started)
     assert min(seconds) < 1.5
-    done = program("tokenizer_pipe.py", "--model", tmp_path / "none.gguf", text="")
-    assert done.returncode == 2 and "no such model" in done.stderr and done.stdout == ""
+    done = program("tokenizer_pipe.py", "--model", tmp_path / "none.gguf", text='{"op": "info"}\n')
+    reply = json.loads(done.stdout)
+    assert reply["exit_code"] == 2 and "no such model" in reply["error"] and done.stderr == ""
 
 
 def corpus(name, folder):

@@ -7,13 +7,18 @@ cuts worked out by hand. Run: .venv/bin/python -m pytest tests/cli/test_prepare_
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import struct
+import time
 from dataclasses import replace
 
 import pytest
+import tokenizers
 from prepare_support import CHAT, GOLDEN, MODEL, load_once, messages
 
-from errors import PrepareError
+import chat_template
+from errors import DATA, PrepareError
 from gguf_metadata import read_metadata
 from samples import encode_chats, encode_documents
 from tokenizer import load_tokenizer
@@ -68,8 +73,13 @@ def test_metadata_is_read_as_it_was_written():
 def test_special_tokens_come_from_the_file(tokenizer):
     assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.add_bos, tokenizer.vocab_size) == ((2,), 1, False, 49152)
     assert tokenizer.decode([1, 19556, 2], skip_special=True) == "Hello"
-    with pytest.raises(PrepareError, match="token id 49152"):
-        tokenizer.decode([49152])
+
+
+def test_an_id_without_a_token_is_no_text(tokenizer):
+    """A model may have more rows than its tokenizer has tokens, and may draw any of them."""
+    assert tokenizer.decode([19556, 49152, 905]) == tokenizer.decode([19556, 905])
+    with pytest.raises(PrepareError, match="token id -1"):
+        tokenizer.decode([-1])
 
 
 def test_run_of_bytes_without_a_token_is_one_unknown(tokenizer):
@@ -112,6 +122,7 @@ def test_llama_and_qwen_cut_words_and_digits_their_way(tmp_path, pre, pieces, ad
     ({"tokenizer.ggml.merges": ["ab"]}, "tokenizer.ggml.merges"),
     ({"tokenizer.ggml.merges": [1, 2]}, "malformed"),
     ({"tokenizer.ggml.tokens": [1, 2, 3, 4]}, "malformed|merges"),
+    ({"tokenizer.chat_template": 7}, "chat template"),
 ])
 def test_tokenizer_that_cannot_be_rebuilt_is_an_error(tmp_path, change, message):
     with pytest.raises(PrepareError, match=message):
@@ -171,10 +182,62 @@ def test_hugging_face_directory_is_the_same_tokenizer(hf_directory, tokenizer):
         assert model.encode(case["text"], add_bos=True) == [1, *case["ids"]]
 
 
+def test_text_without_an_encoding_is_an_error(tokenizer):
+    words = replace(tokenizer, core=tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]")))
+    assert words.encode("a") == [0]
+    with pytest.raises(PrepareError, match="refuses this text"):
+        words.encode("b")
+
+
 def test_template_file_wins_over_the_configuration(hf_directory):
     assert load_tokenizer(hf_directory).render([], False) == "config"
     (hf_directory / "chat_template.jinja").write_text("{{ bos_token }}{{ messages | tojson }}")
     assert load_tokenizer(hf_directory).render([{"x": "<\u00e9>"}], False) == '<|im_start|>[{"x": "<\u00e9>"}]'
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer_config.json", b"[" * 100_000, "not valid JSON"),
+    ("tokenizer_config.json", b'{"chat_template": 5}', "chat template"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 5}]}', "chat template"),
+    ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "malformed"),
+    ("chat_template.jinja", b"caf\xe9", "not UTF-8"),
+    ("config.json", b'{"eos_token_id": "x"}', "eos_token_id = 'x'"),
+    ("config.json", b'{"eos_token_id": [2, -1]}', "eos_token_id = -1"),
+    ("config.json", b'{"eos_token_id": true}', "eos_token_id = True"),
+])
+def test_directory_that_is_malformed_is_an_error_in_the_data(hf_directory, name, content, message):
+    (hf_directory / name).write_bytes(content)
+    with pytest.raises(PrepareError, match=message) as error:
+        load_tokenizer(hf_directory)
+    assert error.value.exit_code == DATA
+
+
+# --- chat template -----------------------------------------------------------------------------------------------
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{{ 'a' * 900000000 }}", "too much memory"),
+    ("{{ (messages | string) * 900000000 }}", "too much memory"),
+    (LOOP, "took longer than"),
+    ("{% set n = 3 %}{{ n ** 99999999 % 7 }}", "took longer than"),
+    ("{{ 'a' * 9000000 }}", "characters"),
+    ("{{" + "(" * 100_000 + "}}", "does not compile"),
+])
+def test_template_that_takes_too_much_is_an_error(tokenizer, monkeypatch, template, message):
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 0.2)
+    started = time.process_time()
+    with pytest.raises(PrepareError, match=message) as error:
+        replace(tokenizer, chat_template=template).render(messages(*CHAT), True)
+    assert error.value.exit_code == DATA and time.process_time() - started < 10
+    assert tokenizer.render(GOLDEN["messages"], True) == GOLDEN["prompt"]
+
+
+def test_limits_end_with_the_template(tokenizer):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    tokenizer.render(GOLDEN["messages"], True)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 # --- targets -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The verbs that look, merge and export, run as a user does: graft methods, models, inspect, merge, export, completion, env.
+"""The verbs that look, merge and export, run as a user does: graft methods, models, inspect, merge, export.
 
 Numbers come from numpy (W + alpha / r * B A), from the reference libraries (transformers, gguf) and from published sizes.
 """
@@ -144,7 +144,8 @@ def test_a_method_shows_fields_families_and_forms():
     assert lora["paper"] == "arXiv:2106.09685" and lora["peft_type"] == "LORA" and lora["mergeable"] is True
     assert "llama" in lora["families"] and lora["slots_by_default"] == ["attn.q", "attn.v"]
     assert lora["fields"]["r"] == {"type": "integer", "minimum": 1, "maximum": 4096, "description": "rank, the inner size", "default": 8}
-    assert "use_rslora" in run("methods", "lora")
+    assert lora["exports_to"] == ["peft", "safetensors", "gguf", "merged model"]
+    assert {"use_rslora", "init_from"} <= lora["fields"].keys() and "init_from" in run("methods", "lora")
 
 
 def test_a_method_counts_what_it_trains_on_a_model():
@@ -247,6 +248,12 @@ def test_inspect_says_what_it_expects(tmp_path):
     for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing"):
         assert "token shard (.h5)" in run("inspect", path, code=3)
     assert "bad.h5" in run("inspect", tmp_path / "bad.h5", code=3)
+
+
+def test_a_pipe_nobody_writes_to_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a regular file" in run("inspect", tmp_path / "pipe", code=3)
+    assert "is a pipe" in run("validate", tmp_path / "pipe", code=2)
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------
@@ -443,44 +450,3 @@ def test_export_says_what_it_needs(adapter, tmp_path):
     run("export", "--adapter", adapter, "--to", "onnx", "--output", tmp_path / "o", code=2)
     assert "nothing is overwritten" in run("export", "--adapter", adapter, "--to", "peft", "--output", adapter, code=2)
     assert "adapter_config.json" in run("export", "--adapter", tmp_path, "--to", "peft", "--output", tmp_path / "o", code=3)
-
-
-# --- completion, env --------------------------------------------------------------------------------------------------
-
-
-def bash_completions(*words):
-    line = "COMP_WORDS=(graft " + " ".join(f"'{w}'" for w in words) + f"); COMP_CWORD={len(words)}; _graft; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(["bash", "-c", run("completion", "bash") + line], capture_output=True, text=True, check=True)
-    return done.stdout.split()
-
-
-def test_bash_completes_verbs_options_and_values():
-    verbs = re.findall(r"^  (\w+) ", run("--help").split("Subcommands:")[1], re.M)
-    assert set(verbs) >= {"train", "merge", "env"} and set(verbs) <= set(bash_completions(""))
-    assert bash_completions("mer") == ["merge"]
-    assert set(bash_completions("merge", "--")) >= {"--model", "--adapter", "--output", "--dtype", "--help"}
-    assert bash_completions("merge", "--dtype", "") == ["auto", "float32", "bfloat16"]
-    assert bash_completions("completion", "f") == ["fish"]
-    assert bash_completions("merge", "--model", "") == []  # bash then offers files
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_get_every_verb_and_option(shell):
-    script = run("completion", shell)
-    for verb in ("train", "inspect", "export"):
-        for option in re.findall(r"--([a-z][a-z-]+)", run(verb, "--help").split("Examples:")[0]):
-            assert re.search(rf"{verb}\b.*\n?(.*\n)*?.*(--| -l ){option}\b", script), (verb, option)
-    if shutil.which(shell):
-        subprocess.run([shell, "-n"], input=script, text=True, check=True)
-
-
-def test_completion_of_an_unknown_shell_is_a_usage_error():
-    assert "tcsh" in run("completion", "tcsh", code=2)
-
-
-def test_env_is_key_value_lines():
-    lines = run("env").splitlines()
-    values = dict(line.split(": ", 1) for line in lines)
-    assert values["LibTorch"].startswith(torch.__version__.split("+")[0]) and values["GRAFT_RANK"] == "not set"
-    assert {"graft", "MPI", "HDF5", "yaml-cpp", "CUDA", "host", "cores", "memory"} <= values.keys()
-    assert re.match(r"\d+\.\d+\.\d+", values["HDF5"]) and re.match(r"\d+\.\d+", values["yaml-cpp"])

@@ -58,7 +58,7 @@ std::string hex(const at::Tensor& t) {
 
 at::Tensor dequantized(const FourBitCodes& q, at::IntArrayRef shape,
                        at::ScalarType type = at::kFloat) {
-  const at::Tensor out = at::empty(shape, type);
+  at::Tensor out = at::empty(shape, type);
   dequantize(q, out);
   return out;
 }
@@ -283,6 +283,26 @@ TEST(Nf4, RefusesWhatItCannotQuantize) {
     at::Tensor w = at::ones({4, 64});
     w[1][3] = bad;
     EXPECT_THROW(nf4(w), Error);
+  }
+}
+
+TEST(Nf4, NestsScalesFromTheSmallestToTheLargestFloats) {
+  // bitsandbytes divides by no less than 1e-38: centred scales below it stay near the zero code.
+  at::Tensor tiny = at::full({8, 64}, 1e-39f);
+  tiny[3] = 0;
+  const FourBitCodes q = quantize(tiny, FourBitType::kNf4, Scales::kNested);
+  EXPECT_LE((dequantized(q, tiny.sizes()) - tiny).abs().max().item<float>(), 1e-39f);
+  at::Tensor mixed = at::full({8, 64}, 1e-3f);
+  mixed[0] = 3e38f;
+  const at::Tensor back =
+      dequantized(quantize(mixed, FourBitType::kNf4, Scales::kNested), mixed.sizes());
+  EXPECT_NEAR(back[0][0].item<float>() / 3e38f, 1, 0.01);
+  // Eight scales of 3e38 have no mean in float32.
+  try {
+    quantize(at::full({8, 64}, 3e38f), FourBitType::kNf4, Scales::kNested);
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ExitCode::kData);
   }
 }
 

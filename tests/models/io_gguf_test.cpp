@@ -333,5 +333,14 @@ TEST(GgufSource, SurvivesDamageAnywhere) {
   EXPECT_GT(refused, 250);
 }
 
+TEST(GgufSource, RefusesToReadWhatWasCutOffSinceItWasOpened) {
+  const TestFolder folder;
+  const std::string path = folder.path() + "/a.gguf";
+  write_gguf(path, {}, {{"a.weight", at::ones({1 << 20})}});
+  GgufSource source(path);
+  std::filesystem::resize_file(path, 1 << 20);
+  expect_refused([&] { source.read("a.weight"); }, path + ": ends at byte 1048576");
+}
+
 }  // namespace
 }  // namespace graft::models::io

@@ -132,6 +132,15 @@ TEST(SafetensorsFile, ReadsBackEveryDtype) {
   expect_refused([&] { file.read("none"); }, "no tensor 'none'");
 }
 
+TEST(SafetensorsFile, RefusesToReadWhatWasCutOffSinceItWasOpened) {
+  const TestFolder folder;
+  const std::string path = folder.path() + "/a.safetensors";
+  write_safetensors(path, {{"a", at::ones({1 << 20})}}, {});
+  const SafetensorsFile file(path);
+  std::filesystem::resize_file(path, 1 << 20);
+  expect_refused([&] { file.read("a"); }, path + ": ends at byte 1048576");
+}
+
 TEST(SafetensorsFile, RefusesBoolsThatAreNeither) {
   const TestFolder folder;
   std::string bytes = file_with(one_tensor("\"BOOL\"", "[2]", "[0,2]"), 2);
@@ -180,6 +189,11 @@ TEST(SafetensorsHeader, RefusesShapesThatOverflow) {
                       "overflows");
   expect_refused_file(file_with(one_tensor("\"F32\"", "[4611686018427387905]", "[0,4]"), 4),
                       "overflows");
+  // An empty tensor's strides are products of its other sizes.
+  expect_refused_file(file_with(one_tensor("\"F32\"", "[0,4611686018427387904,4]", "[0,0]"), 0),
+                      "overflows");
+  expect_refused_file(file_with(one_tensor("\"F32\"", "[1,1,1,1,1,1,1,1,1]", "[0,4]"), 4),
+                      "9 dimensions");
 }
 
 TEST(SafetensorsHeader, RefusesRangesThatDisagree) {

@@ -127,6 +127,56 @@ TEST(Llama, CachedKeysGiveTheLogitsOfTheWholeRow) {
   }
 }
 
+/// The second inverse frequency, which theta and linear scaling show in, and the attention factor.
+std::pair<float, float> rope_of(const nlohmann::json& changes) {
+  nlohmann::json json = testing::tiny_llama();
+  json.update(changes);
+  const LlamaConfig c = LlamaConfig::from_json(json);
+  const auto [frequencies, factor] =
+      inverse_frequencies(c.rope, c.head_dim, c.max_position_embeddings, 1);
+  return {frequencies[1], factor};
+}
+
+// What transformers 5.17's LlamaRotaryEmbedding holds for these configs.
+TEST(Llama, OfTwoRopeDictsTheOldOneWins) {
+  const nlohmann::json both = {
+      {"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 500000.0}}},
+      {"rope_scaling", {{"rope_type", "linear"}, {"factor", 2.0}}}};
+  EXPECT_FLOAT_EQ(rope_of(both).first, 0.15811388194561005F);
+  nlohmann::json top = both;
+  top["rope_theta"] = 1000.0;
+  EXPECT_FLOAT_EQ(rope_of(top).first, 0.21084825694561005F);
+  nlohmann::json empty = both;
+  empty["rope_scaling"] = nlohmann::json::object();
+  EXPECT_FLOAT_EQ(rope_of(empty).first, 0.193922758102417F);
+}
+
+TEST(Llama, LongRopeTakesItsFactorBeforeTheRatioOfLengths) {
+  nlohmann::json rope = {{"rope_type", "longrope"},
+                         {"short_factor", {1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7}},
+                         {"long_factor", {2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0}}};
+  const auto factor = [&](const char* key, const nlohmann::json& value) {
+    rope[key] = value;
+    return rope_of({{"rope_parameters", rope}}).second;
+  };
+  EXPECT_FLOAT_EQ(factor("original_max_position_embeddings", 16), 1.224744871391589F);
+  EXPECT_FLOAT_EQ(rope_of({{"rope_parameters", rope}}).first, 0.2874797582626343F);
+  EXPECT_FLOAT_EQ(
+      rope_of({{"rope_parameters", rope}, {"original_max_position_embeddings", 32}}).second,
+      1.0954451150103321F);
+  EXPECT_FLOAT_EQ(factor("factor", 32.0), 1.5F);
+}
+
+TEST(Llama, MistralsWindowIs4096UnlessTheConfigSaysOtherwise) {
+  nlohmann::json config = testing::tiny_llama();
+  config["model_type"] = "mistral";
+  EXPECT_EQ(LlamaConfig::from_json(config).window, std::vector<int64_t>(2, 4096));
+  config["sliding_window"] = nullptr;
+  EXPECT_EQ(LlamaConfig::from_json(config).window, std::vector<int64_t>(2, 0));
+  config["sliding_window"] = 7;
+  EXPECT_EQ(LlamaConfig::from_json(config).window, std::vector<int64_t>(2, 7));
+}
+
 ExitCode code_of(const nlohmann::json& config) {
   try {
     LlamaConfig::from_json(config);
@@ -146,7 +196,17 @@ TEST(Llama, RefusesConfigsThatItWouldComputeWrongly) {
       {"hidden_size", 0},
       {"vocab_size", "many"},
       {"num_hidden_layers", 1 << 20},
-      {"rope_parameters", {{"partial_rotary_factor", 0.5}}}};
+      {"model_type", 3},
+      {"partial_rotary_factor", 0.5},
+      {"rope_parameters", {{"partial_rotary_factor", 0.5}}},
+      {"rope_parameters", {{"rope_type", "proportional"}}},
+      {"rope_parameters", {{"rope_type", "linear"}, {"factor", 0.0}}},
+      {"rope_parameters", {{"rope_type", "yarn"}}},
+      {"rope_parameters", {{"rope_type", "longrope"}, {"factor", 2.0}}},
+      {"rope_parameters",
+       {{"rope_type", "longrope"}, {"short_factor", {1.0}}, {"long_factor", {1.0}}}},
+      {"rope_parameters",
+       {{"rope_type", "llama3"}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0}}}};
   for (const auto& [field, value] : mistakes) {
     nlohmann::json config = good;
     config[field] = value;

@@ -60,7 +60,7 @@ class FourBitSource : public MemorySource {
   }
   Tensor read(const std::string& name) override {
     if (find(name)->dtype != "nf4") return MemorySource::read(name);
-    const Tensor out = at::empty(find(name)->shape);
+    Tensor out = at::empty(find(name)->shape);
     kernels::dequantize(codes(name), out);
     return out;
   }
@@ -118,9 +118,11 @@ TEST(Load, FingerprintIsOfTheFileAtAnyWorldSizeAndQuantisation) {
     const std::string expected = fingerprint_of(*source, 1, testing::unquantised());
     for (const int world : {2, 3})
       EXPECT_EQ(fingerprint_of(*source, world, testing::unquantised()), expected);
-    for (const Quantization q : {Quantization::kNf4, Quantization::kFp4, Quantization::kInt8}) {
-      EXPECT_EQ(fingerprint_of(*source, 1, stored_as(q, true)), expected);
-    }
+    EXPECT_EQ(fingerprint_of(*source, 1, stored_as(Quantization::kNf4, true)), expected);
+  }
+  for (const Quantization q : {Quantization::kFp4, Quantization::kInt8}) {
+    EXPECT_EQ(fingerprint_of(plain, 1, stored_as(q, true)),
+              fingerprint_of(plain, 1, testing::unquantised()));
   }
   auto changed = values();
   changed[kHfMatrix] = changed[kHfMatrix].clone();
@@ -184,6 +186,69 @@ TEST(Load, KeepsFourBitCodesBitForBit) {
   EXPECT_TRUE(
       at::equal(base.store->bytes(weight.block(), weight.offset(), q.codes.numel()), q.codes));
   EXPECT_TRUE(at::equal(weight.dense(), source.read(kHfMatrix)));
+}
+
+/// What loading a source refuses with, and the words of it; kDone if it loads.
+std::pair<ExitCode, std::string> refusal_of(io::TensorSource& source, const LoadOptions& options,
+                                            bool tied_head = false) {
+  const auto comm = dist::make_single_comm();
+  try {
+    const Base base(tiny_llama(2, tied_head), source, *comm, options);
+  } catch (const Error& error) {
+    return {error.code(), error.what()};
+  }
+  return {ExitCode::kDone, ""};
+}
+
+TEST(Load, NeverQuantisesAgainWhatTheFileHoldsInFourBits) {
+  FourBitSource source;
+  for (const LoadOptions& options :
+       {stored_as(Quantization::kNf4, false), stored_as(Quantization::kFp4, true),
+        stored_as(Quantization::kInt8, true)}) {
+    const auto [code, text] = refusal_of(source, options);
+    EXPECT_EQ(code, ExitCode::kUsage);
+    EXPECT_NE(text.find("set model.quantization: nf4 and model.double_quantization: true"),
+              std::string::npos)
+        << text;
+  }
+}
+
+TEST(Load, RefusesTensorsThatAreNotFloatingPoint) {
+  for (const char* dtype : {"C64", "I8", "I64", "BOOL", "F8_E4M3"}) {
+    class Relabelled : public MemorySource {
+     public:
+      explicit Relabelled(const char* dtype)
+          : MemorySource(values()), all_(MemorySource::tensors()) {
+        all_.front().dtype = dtype;
+      }
+      const std::vector<io::SourceTensor>& tensors() const override { return all_; }
+
+     private:
+      std::vector<io::SourceTensor> all_;
+    } source(dtype);
+    const auto [code, text] = refusal_of(source, stored_as(Quantization::kNf4, true));
+    EXPECT_EQ(code, ExitCode::kData);
+    EXPECT_NE(text.find(" is " + std::string(dtype)), std::string::npos) << text;
+  }
+}
+
+TEST(Load, NamesTheMatrixThatCannotBeQuantised) {
+  auto tensors = values();
+  tensors[kHfMatrix] = at::full({96, 48}, 3e38F);
+  MemorySource source(tensors);
+  const auto [code, text] = refusal_of(source, stored_as(Quantization::kNf4, true));
+  EXPECT_EQ(code, ExitCode::kData);
+  EXPECT_NE(text.find(kHfMatrix), std::string::npos) << text;
+}
+
+TEST(Load, DoubleWeightsAreQuantisedAsFloats) {
+  const auto comm = dist::make_single_comm();
+  auto tensors = values();
+  for (auto& [name, value] : tensors) value = value.to(at::kDouble);
+  MemorySource source(tensors);
+  const LoadOptions options = stored_as(Quantization::kNf4, true);
+  EXPECT_EQ(Base(tiny_llama(), source, *comm, options).store->hash(),
+            Base(tiny_llama(), *comm, options).store->hash());
 }
 
 TEST(Load, SixteenBitsStaySixteenBits) {

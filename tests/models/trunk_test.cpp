@@ -28,7 +28,7 @@ struct Variant {
   int layers = 2;
   bool tied_head = false;
   nlohmann::json targets = "all-linear";
-  nlohmann::json only_layers = nullptr;
+  nlohmann::json only_layers = nlohmann::json::array();
   double dropout = 0;
 };
 
@@ -253,7 +253,7 @@ int64_t steady_bytes(const dist::BlockStore& store, const Variant& setup, int lo
 TEST(Trunk, GathersWhatTheFormulaSaysAndNothingBelowTheLowestTrainedStage) {
   for (const bool tied : {false, true}) {
     for (const nlohmann::json& only :
-         {nlohmann::json(nullptr), nlohmann::json{2}, nlohmann::json{4}}) {
+         {nlohmann::json::array(), nlohmann::json{2}, nlohmann::json{4}}) {
       const Variant setup{.layers = 5, .tied_head = tied, .only_layers = only};
       for (const int world : {2, 4}) {
         run_virtual_ranks(world, [&](Comm& comm) {

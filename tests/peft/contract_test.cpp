@@ -233,8 +233,7 @@ std::string out_of_range(const configs::FieldDoc& field) {
   if (field.bound.low) bad = std::to_string(static_cast<int64_t>(*field.bound.low) - 1);
   if (!field.bound.low && field.bound.high)
     bad = std::to_string(static_cast<int64_t>(*field.bound.high) + 1);
-  if (field.type == configs::Type::kList) return "";  // its element's bound is the element's
-  return bad;
+  return field.type == configs::Type::kList && !bad.empty() ? "[" + bad + "]" : bad;
 }
 
 TEST_P(Fields, DefaultsLoad) { EXPECT_NO_THROW(read_fields(*registry().make(GetParam()), "{}")); }
@@ -254,10 +253,10 @@ TEST_P(Fields, ValuesOutOfRangeAreRefusedWithNameAndLine) {
     const std::string bad = out_of_range(field);
     if (bad.empty()) continue;
     ++tried;
+    const size_t column = field.name.size() + (bad.starts_with('[') ? 4 : 3);
     models::io::expect_refused(
         [&] { read_fields(*registry().make(GetParam()), "\n" + field.name + ": " + bad); },
-        "options.yaml:2:" + std::to_string(field.name.size() + 3) + ": " + field.name,
-        ExitCode::kUsage);
+        "options.yaml:2:" + std::to_string(column) + ": " + field.name, ExitCode::kUsage);
   }
   EXPECT_GT(tried, 0);
 }

@@ -136,8 +136,97 @@ TEST_F(Directories, ValuesOutOfRangeAreRefused) {
 }
 
 TEST_F(Directories, AValueOfTheWrongTypeIsRefused) {
-  saved.config["r"] = "eight";
-  expect_start_refused("r = \"eight\" has the wrong type");
+  const nlohmann::json good = saved.config;
+  const std::vector<std::pair<const char*, nlohmann::json>> bad = {
+      {"r", "eight"},        {"r", 4.7},           {"r", true},
+      {"r", 4294967304},     {"lora_alpha", true}, {"lora_alpha", "8"},
+      {"use_rslora", 1},     {"bias", 3},          {"rank_pattern", {{"q_proj", 8.5}}},
+      {"alpha_pattern", {8}}};
+  for (const auto& [key, value] : bad) {
+    saved.config = good;
+    saved.config[key] = value;
+    expect_start_refused("adapter_config.json: " + std::string(key));
+  }
+}
+
+TEST_F(Directories, ANumberNoAdapterHasIsRefusedOrComputedWith) {
+  saved.config["lora_alpha"] = 1e308;
+  expect_start_refused("lora_alpha = 1.0e+308, expected number");
+  saved.config["lora_alpha"] = 1e-310;
+  Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+  Tiny faint("llama");
+  faint.adapters.attach_frozen(folder.path());
+  faint.load();
+  const data::Batch batch = make_lane(0).batch;
+  EXPECT_TRUE(at::equal(faint.logits(batch), faint.logits(batch, false)));
+}
+
+TEST_F(Directories, ADtypeThatIsNoFloatIsNamed) {
+  const Tensor good = tensor(kFirstA);
+  for (const auto type : {at::kChar, at::kBool, at::kLong, at::kComplexFloat, at::kFloat8_e4m3fn,
+                          at::kFloat8_e8m0fnu, at::kUInt16, at::kUInt64}) {
+    tensor(kFirstA) = at::empty(good.sizes(), type);
+    expect_load_refused(std::string("dtype: ") + kFirstA + " is ");
+  }
+}
+
+TEST_F(Directories, ACopyOfTheBaseIsTakenOnlyWhereItIsTheBases) {
+  const std::string key = "base_model.model.lm_head.base_layer.weight";
+  const auto start_with = [&](const std::string& name, const Tensor& copy) {
+    auto tensors = saved.tensors;
+    tensors.emplace_back(name, copy);
+    Tiny::write_adapter(folder.path(), saved.config, tensors);
+    Tiny other("llama");
+    other.adapters.attach_frozen(folder.path());
+    other.load();
+  };
+  const Tensor base = fill("lm_head.weight", {128, 48}, 0.25);
+  EXPECT_NO_THROW(start_with(key, base));
+  EXPECT_NO_THROW(start_with(key, base.to(at::kBFloat16)));
+  expect_refused([&] { start_with(key, base + 1e-3); }, key);
+  expect_refused([&] { start_with(key, base.to(at::kInt)); }, key);
+  const std::string inner = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight";
+  expect_refused([&] { start_with(inner, fill("x", {48, 48}, 1)); }, inner);
+}
+
+TEST_F(Directories, TheModulesAreThoseOfTheFile) {
+  saved.config["target_modules"] = R"(.*\.(q|v)_proj)";
+  saved.config["layers_to_transform"] = {0};
+  saved.config["rank_pattern"] = {{"k_proj", 3}, {"nowhere", 0}};
+  Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+  Tiny other("llama");
+  other.attach("", nullptr, folder.path());
+  other.load();
+  EXPECT_EQ(other.params().size(), tiny.params().size());
+  for (size_t i = 0; i < other.params().size(); ++i)
+    EXPECT_TRUE(at::equal(other.params()[i].value, tiny.params()[i].value));
+}
+
+TEST_F(Directories, AModuleTheModelHasNotIsADataError) {
+  saved.tensors.emplace_back("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight",
+                             at::ones({8, 48}));
+  expect_start_refused("unknown: base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight");
+  saved.tensors.back().first = "base_model.model.lm_head.scale.weight";
+  expect_start_refused("lm_head.scale");
+}
+
+TEST_F(Directories, AnAdapterOfNothingIsRefused) {
+  saved.tensors.clear();
+  expect_start_refused("the adapter holds nothing");
+}
+
+TEST_F(Directories, TheRevisionOfTheBaseIsWritten) {
+  const auto revision = [&](const BaseFacts& facts) {
+    return tiny.adapters.save(0, facts).config["revision"];
+  };
+  EXPECT_EQ(revision({"base", "CAUSAL_LM", "print", "v2"}), "v2");
+  EXPECT_EQ(revision({"base", "CAUSAL_LM", "print"}), nullptr);
+}
+
+TEST(Methods, MoreThanSixtyFourAreRefused) {
+  Tiny tiny("llama");
+  for (int i = 0; i < 65; ++i) tiny.attach("lora", methods().make("lora"));
+  expect_refused([&] { tiny.load(); }, "65 methods, at most 64", ExitCode::kUsage);
 }
 
 TEST_F(Directories, TwoMethodsAreLoadedBothOrNeither) {

@@ -114,7 +114,8 @@ class Tiny : BaseWeights {
     entries_.push_back({name, std::move(method), std::move(init_from)});
   }
   /// Attaches what attach() listed, loads the weights, sets initial values.
-  void load(models::LoadOptions options = {}, dist::Comm* comm = nullptr, EditWeight edit = {}) {
+  void load(const models::LoadOptions& options = {}, dist::Comm* comm = nullptr,
+            EditWeight edit = {}) {
     comm_ = comm == nullptr ? single_.get() : comm;
     if (!entries_.empty()) adapters.attach(entries_);
     store = std::make_unique<dist::BlockStore>(*comm_, at::kCPU);
@@ -193,7 +194,10 @@ class Tiny : BaseWeights {
   }
 
  private:
-  Tensor weight(const LinearSite& site) override { return copy(site.name + ".weight"); }
+  Tensor weight(const LinearSite& site) override {
+    const std::string own = site.name + ".weight";  // a tied head has none
+    return copy(weights_.contains(own) ? own : "embed.weight");
+  }
   Tensor bias(const LinearSite& site) override { return copy(site.name + ".bias"); }
   Tensor copy(const std::string& name) {
     const models::Weight& w = *weights_.at(name);

@@ -32,12 +32,15 @@ struct LoraConfig {
   void fields(configs::Fields& f) {
     targets.fields(f);
     f("r", r, f.range(1, 4096), "rank, the inner size");
-    f("lora_alpha", lora_alpha, f.positive(), "the output is scaled by lora_alpha / r");
+    f("lora_alpha", lora_alpha, alpha_bound(), "the output is scaled by lora_alpha / r");
     f("lora_dropout", lora_dropout, f.at_least(0).below(1), "probability, on the adapter's input");
     f("use_rslora", use_rslora, "scale by lora_alpha / sqrt(r) instead");
     f("rank_pattern", rank_pattern, f.range(1, 4096), "other ranks by slot, suffix or glob");
-    f("alpha_pattern", alpha_pattern, f.positive(), "other lora_alpha by slot, suffix or glob");
+    f("alpha_pattern", alpha_pattern, alpha_bound(), "other lora_alpha by slot, suffix or glob");
     whole.fields(f);
+  }
+  static configs::Bound alpha_bound() {
+    return configs::Fields::positive().at_most(1e30);  // alpha / r is a float32
   }
   int rank(const LinearSite& site) const { return pattern_value(rank_pattern, site, r); }
   double scale(const LinearSite& site) const {
@@ -52,8 +55,6 @@ class LoraLinear : public models::LinearAdapter {
       : scale_(c.scale(site)), dropout_(c.lora_dropout), random_(random) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     const int r = c.rank(site);
-    GRAFT_CHECK(r <= std::min(site.info.in, site.info.out), "peft: r = ", r, " is larger than ",
-                site.name, " [", site.info.out, ", ", site.info.in, "] can use");
     Tensor a = at::empty({r, site.info.in}, options);
     kernels::uniform(a, random);  // Kaiming-uniform with a = sqrt 5: within 1 / sqrt(in)
     a.mul_(2).sub_(1).mul_(1 / std::sqrt(static_cast<double>(site.info.in)));
@@ -154,25 +155,25 @@ class Lora : public LinearMethod<LoraConfig, LoraLinear> {
     return config;
   }
 
-  void from_peft_config(const nlohmann::json& json) override {
-    PeftConfigReader config(json);
+  void from_peft_config(const SavedAdapter& adapter) override {
+    PeftConfigReader config(adapter);
     config.get("r", config_.r);
     config.get("lora_alpha", config_.lora_alpha);
     config.get("lora_dropout", config_.lora_dropout);
     config.get("use_rslora", config_.use_rslora);
-    config.get("rank_pattern", config_.rank_pattern);
-    config.get("alpha_pattern", config_.alpha_pattern);
-    config.get_targets(config_.targets);
+    config.get_targets({"lora_A.weight", "lora_embedding_A"}, config_.targets);
+    config.get_pattern("rank_pattern", config_.targets, config_.rank_pattern);
+    config.get_pattern("alpha_pattern", config_.targets, config_.alpha_pattern);
     config_.whole.from_peft_config(config);
-    nlohmann::json init = true;
-    config.get("init_lora_weights", init);
+    const nlohmann::ordered_json& init = config.entry("init_lora_weights");
     // Any other (pissa, olora ...) is taken out of the base's matrices: the base in the files is
     // not the one below it.
-    GRAFT_CHECK(init.is_boolean() || init == "gaussian" || init == "eva" || init == "orthogonal",
+    GRAFT_CHECK(init.is_null() || init.is_boolean() || init == "gaussian" || init == "eva" ||
+                    init == "orthogonal",
                 ExitCode::kData, "adapter_config.json: init_lora_weights = ", init.dump(),
                 " changes the base and is not supported; convert the adapter to plain LoRA");
     config.ignore({"loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-                   "megatron_core", "qalora_group_size", "ensure_weight_tying", "layers_pattern"});
+                   "megatron_core", "qalora_group_size", "ensure_weight_tying"});
     config.refuse_the_rest();
   }
 };

@@ -1,0 +1,153 @@
+#include "peft/adapter_file.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <iterator>
+#include <map>
+#include <set>
+
+#include "configs/check.h"
+#include "models/io/json_file.h"
+#include "models/io/mapped_file.h"
+
+namespace graft::peft {
+namespace {
+
+constexpr const char* kConfigFile = "/adapter_config.json";
+constexpr const char* kWeightsFile = "/adapter_model.safetensors";
+const std::string kOverTheBase = "not the base's matrix, and PEFT would load it over that: ";
+constexpr std::string_view kFloats[] = {"F64", "F32", "BF16", "F16"};
+constexpr size_t kMostEntries = 10'000;  // an ordered object takes time quadratic in its entries
+constexpr size_t kLongestName = 512;
+constexpr size_t kMostProblems = 20;  // printed
+
+void check_entries(const nlohmann::json& value, const std::string& path) {
+  GRAFT_CHECK(value.size() <= kMostEntries, ExitCode::kData, path, ": ", value.size(),
+              " entries in one list, more than ", kMostEntries);
+  if (!value.is_structured()) return;
+  for (const nlohmann::json& item : value) check_entries(item, path);
+}
+
+std::string copy_key(const LinearSite& site) {
+  return std::string(kFilePrefix) + site.hf_path + std::string(kBaseCopy);
+}
+
+/// The copy may have been taken from the base in another precision.
+bool is_rounding(const Tensor& exact, const Tensor& rounded) {
+  for (const auto type : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    if (at::equal(exact.to(type).to(at::kFloat), rounded)) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+bool is_adapter_dtype(std::string_view dtype) {
+  return std::find(std::begin(kFloats), std::end(kFloats), dtype) != std::end(kFloats);
+}
+
+SavedAdapter read_saved_adapter(const std::string& directory) {
+  const std::string path = directory + kConfigFile;
+  GRAFT_CHECK(std::filesystem::exists(path), ExitCode::kData, directory, ": no ",
+              std::string_view(kConfigFile).substr(1),
+              "; expected an adapter folder in PEFT's layout");
+  const nlohmann::json checked = models::io::read_json_file(path);
+  GRAFT_CHECK(checked.is_object(), ExitCode::kData, path, ": not an object");
+  check_entries(checked, path);
+  SavedAdapter adapter;
+  adapter.config = nlohmann::ordered_json::parse(models::io::MappedFile(path).text());
+  adapter.tensors = AdapterFile(directory).names();
+  return adapter;
+}
+
+AdapterFile::AdapterFile(const std::string& directory) : file_(directory + kWeightsFile) {
+  for (const auto& entry : file_.entries()) {
+    GRAFT_CHECK(entry.name.size() <= kLongestName, ExitCode::kData, file_.path(), ": the name '",
+                entry.name.substr(0, kLongestName), "...' is too long");
+  }
+}
+
+std::vector<std::string> AdapterFile::names() const {
+  std::vector<std::string> names;
+  for (const auto& entry : file_.entries()) names.push_back(entry.name);
+  return names;
+}
+
+void AdapterFile::check_modules(const SlotMap& slots) const {
+  std::map<std::string_view, int> layers;
+  for (const LinearSite& site : slots.linears) layers[site.hf_path] = site.layer;
+  std::vector<std::string> problems;
+  for (const auto& entry : file_.entries()) {
+    std::string_view module = entry.name;
+    if (!module.starts_with(kFilePrefix)) continue;  // a name of ours, compared when it is read
+    module = module_around(module.substr(kFilePrefix.size()), layers);
+    if (module.empty()) {
+      problems.push_back("unknown: " + entry.name);
+    } else if (entry.name.ends_with(kBaseCopy) && layers.at(module) >= 0) {
+      problems.push_back(kOverTheBase + entry.name);
+    }
+  }
+  refuse(problems);
+}
+
+std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params) const {
+  std::vector<std::string> problems;
+  std::set<std::string, std::less<>> wanted;
+  std::vector<Tensor> values;
+  for (const Param& param : params) {
+    const std::string& key = param.hf_key.empty() ? param.name : param.hf_key;
+    wanted.insert(key);
+    const auto* entry = file_.find(key);
+    if (entry == nullptr) {
+      problems.push_back("missing: " + key);
+    } else if (!is_adapter_dtype(entry->dtype)) {
+      problems.push_back("dtype: " + key + " is " + entry->dtype + ", expected " +
+                         configs::join({std::begin(kFloats), std::end(kFloats)}, ", "));
+    } else if (entry->shape != param.value.sizes()) {
+      problems.push_back(detail::concat("shape: ", key, " is ", at::IntArrayRef(entry->shape),
+                                        ", expected ", param.value.sizes()));
+    } else {
+      values.push_back(file_.read(key));
+      if (!at::isfinite(values.back()).all().item<bool>()) problems.push_back("not finite: " + key);
+    }
+  }
+  for (const auto& entry : file_.entries()) {
+    if (!wanted.contains(entry.name) && !entry.name.ends_with(kBaseCopy))
+      problems.push_back("unknown: " + entry.name);
+  }
+  refuse(problems);
+  return values;
+}
+
+void AdapterFile::check_base_copies(const SlotMap& slots, BaseWeights& base) const {
+  std::set<std::string, std::less<>> equal;
+  std::vector<std::string> problems;
+  for (const LinearSite& site : slots.linears) {
+    const auto* entry = file_.find(copy_key(site));
+    if (entry == nullptr || site.layer >= 0 || !is_adapter_dtype(entry->dtype)) continue;
+    const Tensor frozen = base.weight(site).cpu();
+    if (entry->shape != frozen.sizes()) continue;
+    const Tensor copy = file_.read(entry->name).to(at::kFloat);
+    if (is_rounding(frozen, copy) || is_rounding(copy, frozen)) equal.insert(entry->name);
+  }
+  for (const auto& entry : file_.entries()) {
+    if (entry.name.ends_with(kBaseCopy) && !equal.contains(entry.name)) {
+      problems.push_back(kOverTheBase + entry.name);
+    }
+  }
+  refuse(problems);
+}
+
+void AdapterFile::refuse(const std::vector<std::string>& problems) const {
+  const auto end =
+      problems.begin() + static_cast<std::ptrdiff_t>(std::min(problems.size(), kMostProblems));
+  GRAFT_CHECK(problems.empty(), ExitCode::kData, file_.path(), " does not fit this model:\n  ",
+              configs::join({problems.begin(), end}, "\n  "),
+              end == problems.end()
+                  ? ""
+                  : detail::concat("\n  and ", problems.size() - kMostProblems, " more"));
+}
+
+}  // namespace graft::peft
