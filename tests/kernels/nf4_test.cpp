@@ -26,7 +26,7 @@ const nlohmann::json& golden() {
 at::Tensor fill(const std::string& name, at::IntArrayRef shape, double scale) {
   uint32_t x = 2166136261u;
   for (const unsigned char c : name) x = (x ^ c) * 16777619u;
-  const at::Tensor out = at::empty(shape);
+  at::Tensor out = at::empty(shape);
   float* values = out.mutable_data_ptr<float>();
   for (int64_t i = 0; i < out.numel(); ++i) {
     x = 1664525u * x + 1013904223u;
@@ -218,7 +218,7 @@ TEST(Nf4, ReadsViewsAtAnyByteOffsetOfABuffer) {
     const auto place = [&](const at::Tensor& t, int64_t alignment) {
       if (!t.defined()) return t;
       next += alignment - next % alignment + (alignment == 1 ? 2 : 0);
-      const at::Tensor view = buffer.slice(0, next, next + int64_t(t.nbytes()));
+      at::Tensor view = buffer.slice(0, next, next + int64_t(t.nbytes()));
       view.copy_(t.view(at::kByte));
       next += view.numel();
       return view;
