@@ -1,7 +1,6 @@
 #include "launcher/world.h"
 
 #include <ATen/Context.h>
-#include <ATen/DeviceAccelerator.h>
 #include <ATen/Parallel.h>
 #include <sched.h>
 
@@ -63,10 +62,10 @@ World join_world(const dist::Topology& topology, dist::MpiSession* session,
   if (session != nullptr) start_watchdog(world, *session, deadline);
   dist::place_on_nodes(world.topology, *world.host);
   if (at::hasCUDA()) {
-    const auto devices = static_cast<int>(at::accelerator::deviceCount());
-    GRAFT_CHECK(world.topology.local_rank < devices, "rank ", world.topology.rank, " is number ",
-                world.topology.local_rank, " on ", world.topology.host, ", which shows ", devices,
-                " GPU(s); start as many ranks a node as it has GPUs");
+    const size_t devices = at::getNumGPUs();
+    GRAFT_CHECK(std::cmp_less(world.topology.local_rank, devices), "rank ", world.topology.rank,
+                " is number ", world.topology.local_rank, " on ", world.topology.host,
+                ", which shows ", devices, " GPU(s); start as many ranks a node as it has GPUs");
     world.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(world.topology.local_rank));
   }
   world.device_comm = device_comm_of(*world.host, world.device, deadline);

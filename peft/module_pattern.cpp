@@ -128,7 +128,7 @@ class Parser {
     }
     take('?');  // as few as possible: the same names match
     require(!next_is("*+?{"), "repeats a repetition");
-    return repeated(std::move(step), least, most);
+    return repeated(step, least, most);
   }
 
   Step atom() {

@@ -82,12 +82,13 @@ TEST(RunConfig, ADumpReadsBackToItself) {
 }
 
 TEST(RunConfig, RulesNameTheLine) {
-  EXPECT_EQ(problems_of("data: {}\n"),
-            "run.yaml:1:1: schema: is missing: write `schema: 1`\n"
-            "run.yaml:1:1: model.name_or_path: is missing: the path of a Hugging Face directory, a "
-            "GGUF file or a Graft store\n"
-            "run.yaml:1:1: data.train: is missing: the shards to train on (or data.eval, for an "
-            "evaluation only)");
+  EXPECT_EQ(
+      problems_of("data: {}\n"),
+      "run.yaml:1:1: schema: is missing: write `schema: 1`\n"
+      "run.yaml:1:1: model.name_or_path: is missing: the path of a Hugging Face directory or a "
+      "GGUF file\n"
+      "run.yaml:1:1: data.train: is missing: the shards to train on (or data.eval, for an "
+      "evaluation only)");
   const std::pair<const char*, const char*> kCases[] = {
       {"schema=2", "command line: schema: expected an integer equal to 1, got '2'"},
       {"train.max_steps=null",
