@@ -74,7 +74,7 @@ class Trainer {
   AdamW optimizer_;
   Schedule schedule_;
   TrainState state_;
-  int64_t first_step_ = 0, targets_ = 0;  ///< of this session: where it began, tokens learnt from
+  int64_t first_step_ = 0, targets_ = 0;      ///< of this process: where it began, targets it met
   std::vector<data::BadSample> bad_samples_;  ///< met by this rank in this step
 };
 
