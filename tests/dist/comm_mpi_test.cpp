@@ -70,9 +70,3 @@ TEST(MpiComm, AgreesWithTheLaunchersVariables) {
 
 }  // namespace
 }  // namespace graft::dist
-
-int main(int argc, char** argv) {
-  const graft::dist::MpiSession session(&argc, &argv);
-  ::testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
-}

@@ -117,9 +117,3 @@ TEST(Watchdog, ARankThatWasStoppedItselfBlamesNobody) {
 
 }  // namespace
 }  // namespace graft::dist
-
-int main(int argc, char** argv) {
-  const graft::dist::MpiSession session(&argc, &argv);
-  ::testing::InitGoogleTest(&argc, argv);
-  return RUN_ALL_TESTS();
-}
