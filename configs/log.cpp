@@ -5,9 +5,11 @@
 #include <spdlog/logger.h>
 #include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/basic_file_sink.h>
+#include <spdlog/sinks/ringbuffer_sink.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 
 #include <memory>
+#include <utility>
 
 #include "configs/check.h"
 
@@ -56,9 +58,14 @@ spdlog::sink_ptr file_sink(const Options& options) {
   }
 }
 
+// Holds the last messages until add_file() names a file for them.
+using EarlySink = spdlog::sinks::ringbuffer_sink_mt;
+constexpr size_t kEarlyMessages = 100;
+
 std::unique_ptr<spdlog::logger> make_logger(const Options& options) {
   auto result = std::make_unique<spdlog::logger>("graft", terminal_sink(options.rank));
-  if (!options.file.empty()) result->sinks().push_back(file_sink(options));
+  result->sinks().push_back(options.file.empty() ? std::make_shared<EarlySink>(kEarlyMessages)
+                                                 : file_sink(options));
   result->set_level(options.debug ? level_enum::debug : level_enum::info);
   result->flush_on(level_enum::debug);  // a killed rank leaves its last line
   return result;
@@ -86,9 +93,12 @@ void init(const Options& options) {
 }
 
 void add_file(const std::string& path) {
-  Options options = chosen();
-  options.file = path;
-  init(options);
+  chosen().file = path;
+  spdlog::sink_ptr& last = logger()->sinks().back();
+  const auto early = std::dynamic_pointer_cast<EarlySink>(std::exchange(last, file_sink(chosen())));
+  if (early == nullptr) return;
+  for (const auto& message : early->last_raw()) last->log(message);
+  last->flush();
 }
 
 void debug(std::string_view message) { write(level_enum::debug, message); }

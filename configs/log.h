@@ -17,7 +17,8 @@ struct Options {
 };
 
 void init(const Options& options);
-/// From now on also into this file, appended; all else stays as it is.
+/// Also into this file, appended: the messages so far (the last hundred of them) and those to come;
+/// all else stays as it is.
 /// @throws graft::Error (kUsage) if it cannot be written
 void add_file(const std::string& path);
 

@@ -3,6 +3,7 @@
 #include "configs/schema.h"
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 #include <fstream>
 
@@ -29,6 +30,14 @@ std::string got(const Node& node) {
   std::string text = node.text.substr(0, kMaxShown);
   if (node.text.size() > kMaxShown) text += "...";
   return node.quoted ? "the text \"" + text + "\"" : "'" + text + "'";
+}
+
+/// The member of a mapping, or the element of a list, that one step of a path names; or null.
+const Node* child(const Node& node, std::string_view step) {
+  if (node.kind != Node::Kind::kList) return node.find(step);
+  size_t index = node.items.size();
+  std::from_chars(step.data(), step.data() + step.size(), index);
+  return index < node.items.size() ? &node.items[index] : nullptr;
 }
 
 }  // namespace
@@ -172,8 +181,9 @@ Place Fields::place_of(const Frame& frame, std::string_view key) const {
   Place place = frame.place;
   while (node != nullptr && !key.empty()) {
     const size_t dot = std::min(key.find('.'), key.size());
-    node = node->find(key.substr(0, dot));
-    if (node != nullptr) place = dot == key.size() ? node->place : node->key_place;
+    const bool is_element = node->kind == Node::Kind::kList;
+    node = child(*node, key.substr(0, dot));
+    if (node != nullptr) place = dot == key.size() || is_element ? node->place : node->key_place;
     key.remove_prefix(std::min(dot + 1, key.size()));
   }
   return place;

@@ -107,8 +107,8 @@ class Fields {
   /// True if this section of the file holds the key.
   bool given(std::string_view key) const;
 
-  /// A rule across fields, while reading: unless `holds`, or the key (`a.b` for one below) is known
-  /// to be wrong already, the message is reported at it.
+  /// A rule across fields, while reading: unless `holds`, or the key (`a.b` for one below, `a.0`
+  /// for an element of a list) is known to be wrong already, the message is reported at it.
   void require(bool holds, std::string_view key, std::string_view message);
 
   /// The value of `key` is unusable, and so what other keys this section may have is unknown: they
@@ -190,24 +190,34 @@ void read_section(const Node& root, Problems& problems, const std::function<void
 FieldDoc describe_section(const std::function<void(Fields&)>& fields);
 std::string read_file(const std::string& path);
 
+/// A further look at a struct as it was read. What it finds wrong it reports at a key, as rules do:
+/// by Fields::require.
+template <class T>
+using Check = std::function<void(T& config, Fields& f)>;
+
 /// Reads a struct from YAML text with overrides `section.key=value` (a number indexes a list).
 /// @param source what the text is called in messages
+/// @param check  may be empty; fields that are wrong have their defaults
 /// @throws graft::Error (kUsage) with every mistake, one a line: `source:line:col: key.path:
 /// message`
 template <class T>
 T read_text(std::string_view text, const std::string& source,
-            const std::vector<std::string>& overrides = {}) {
+            const std::vector<std::string>& overrides = {}, const Check<T>& check = {}) {
   Problems problems;
   const Node root = parse_with_overrides(text, source, overrides, problems);
   T result;
-  read_section(root, problems, [&](Fields& f) { result.fields(f); });
+  read_section(root, problems, [&](Fields& f) {
+    result.fields(f);
+    if (check) check(result, f);
+  });
   problems.throw_if_any(source);
   return result;
 }
 
 template <class T>
-T load_config(const std::string& path, const std::vector<std::string>& overrides = {}) {
-  return read_text<T>(read_file(path), path, overrides);
+T load_config(const std::string& path, const std::vector<std::string>& overrides = {},
+              const Check<T>& check = {}) {
+  return read_text<T>(read_file(path), path, overrides, check);
 }
 
 /// The fields of a struct as one section, with the values it holds.

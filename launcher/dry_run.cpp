@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "configs/check.h"
@@ -12,6 +13,8 @@
 #include "launcher/tokenizer_pipe.h"
 #include "launcher/trainer.h"
 #include "models/base.h"
+#include "models/io/open_source.h"
+#include "models/match.h"
 #include "peft/peft.h"
 
 namespace graft::launcher {
@@ -74,20 +77,111 @@ std::string samples_text(const Run& run, data::Loader& loader, int64_t first_lan
   return text;
 }
 
+/// Checks that throw, each reported at a key of the run file.
+class FileChecks {
+ public:
+  explicit FileChecks(configs::Fields& f) : f_(f) {}
+
+  /// @param check  may throw graft::Error
+  template <class F>
+  void at(const std::string& key, F check) {
+    try {
+      check();
+    } catch (const Error& error) {
+      if (error.code() == ExitCode::kBug) throw;
+      f_.require(false, key, message(error.what(), key));
+    }
+  }
+  /// The element of a list that may be written as one value.
+  static std::string element(const std::string& key, const configs::StringOrList& list, size_t i) {
+    return list.is_single ? key : key + "." + std::to_string(i);
+  }
+
+ private:
+  /// On one line, without the key (or the section) that it may begin with.
+  static std::string message(std::string text, const std::string& key) {
+    const size_t colon = text.find(": ");
+    if (colon != std::string::npos && (key + ".").starts_with(text.substr(0, colon) + "."))
+      text.erase(0, colon + 2);
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    const auto both_blank = [](char a, char b) { return a == ' ' && b == ' '; };
+    text.erase(std::unique(text.begin(), text.end(), both_blank), text.end());
+    return text;
+  }
+
+  configs::Fields& f_;
+};
+
+std::unique_ptr<models::Model> check_model(FileChecks& checks, const ModelConfig& config) {
+  std::unique_ptr<models::Model> model;
+  if (config.name_or_path.empty()) return model;
+  checks.at("model.name_or_path", [&] {
+    model = models::make_model(models::read_base_config(config.name_or_path));
+    if (config.weights == "load")
+      models::match_weights(*model, *models::io::open_source(config.name_or_path));
+  });
+  return model;
+}
+
+/// Without a model only that the directories are adapters.
+void check_adapters(FileChecks& checks, Run& run, models::Model* model) {
+  std::optional<peft::Peft> adapters;
+  if (model != nullptr) adapters.emplace(*model, at::kCPU, 0);
+  const configs::StringOrList& frozen = run.model.adapters;
+  std::string method;
+  for (size_t i = 0; i < frozen.values.size(); ++i) {
+    checks.at(checks.element("model.adapters", frozen, i), [&] {
+      if (!adapters) peft::method_of_directory(frozen.values[i], method);
+      if (adapters) adapters->attach_frozen(frozen.values[i]);
+    });
+  }
+  for (size_t i = 0; i < run.peft.size(); ++i) {
+    peft::MethodEntry& entry = run.peft[i];
+    const std::string key = "peft." + std::to_string(i);
+    if (entry.init_from) {
+      checks.at(key + ".init_from", [&] { peft::method_of_directory(*entry.init_from, method); });
+    }
+    if (!adapters || (entry.method == nullptr && !entry.init_from)) continue;
+    checks.at(key, [&] { adapters->attach(entry); });
+  }
+}
+
+/// @param model  may be null
+std::optional<data::Corpus> check_shards(FileChecks& checks, const std::string& key,
+                                         const configs::StringOrList& files, models::Model* model) {
+  std::optional<data::Corpus> corpus;
+  if (files.values.empty()) return corpus;
+  checks.at(key, [&] {
+    try {
+      corpus.emplace(files.values);
+    } catch (const Error&) {  // said of each one that is wrong; of all, where none is
+      for (size_t i = 0; i < files.values.size(); ++i) {
+        checks.at(checks.element(key, files, i),
+                  [&] { data::Corpus(std::vector{files.values[i]}); });
+      }
+      throw;
+    }
+    if (model != nullptr) check_vocabulary(*corpus, model->info());
+  });
+  return corpus;
+}
+
+void check_files(Run& run, configs::Fields& f) {
+  FileChecks checks(f);
+  const auto model = check_model(checks, run.model);
+  check_adapters(checks, run, model.get());
+  const auto train = check_shards(checks, "data.train", run.data.train, model.get());
+  const auto held_out = check_shards(checks, "data.eval", run.data.eval, model.get());
+  if (train && held_out) checks.at("data.eval", [&] { check_same_tokenizer(*train, *held_out); });
+}
+
 }  // namespace
 
-void check_files(Run& run) {
-  const auto parts = unloaded(run);
-  std::optional<data::Corpus> train, held_out;
-  if (!run.data.train.values.empty()) train.emplace(run.data.train.values);
-  if (!run.data.eval.values.empty()) held_out.emplace(run.data.eval.values);
-  if (train) check_vocabulary(*train, parts.model->info());
-  if (held_out) check_vocabulary(*held_out, parts.model->info());
-  if (train && held_out) check_same_tokenizer(*train, *held_out);
+Run load_checked_run(const std::string& path, const std::vector<std::string>& overrides) {
+  return configs::load_config<Run>(path, overrides, check_files);
 }
 
 std::string dry_run(Run& run, const World& world) {
-  check_files(run);
   const auto parts = unloaded(run);
   const at::ScalarType dtype = compute_dtype(run.model.dtype, world.device);
   warn_of_size(run, world, parts.model->info(), dtype);

@@ -3,15 +3,17 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "launcher/run.h"
 #include "launcher/world.h"
 
 namespace graft::launcher {
 
-/// Opens the shards, reads the model's shape, matches targets with slots.
-/// @throws graft::Error naming what is wrong
-void check_files(Run& run);
+/// As load_run, and opens what the run names: the shards, the model's header, adapters; matches
+/// targets with slots.
+/// @throws graft::Error (kUsage) with every mistake of file and files, each at its key
+Run load_checked_run(const std::string& path, const std::vector<std::string>& overrides);
 
 /// What is trained, on what, for how many steps; then the first documents of the first step,
 /// decoded, with the tokens that are targets in [[ ]].

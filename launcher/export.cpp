@@ -9,11 +9,14 @@
 #include "configs/check.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/facts.h"
+#include "launcher/source_weights.h"
 #include "models/base.h"
 #include "models/io/gguf_writer.h"
 #include "models/io/json_file.h"
+#include "models/io/open_source.h"
 #include "models/io/safetensors.h"
 #include "models/match.h"
+#include "peft/adapter_file.h"
 #include "peft/peft.h"
 
 namespace graft::launcher {
@@ -39,21 +42,28 @@ Adapted put_on_model(const ExportOptions& options) {
   a.adapters->attach(entries);
   a.adapters->load(options.adapter);
   a.saved = a.adapters->save(0, {});
+  if (peft::AdapterFile(options.adapter).has_base_copies()) {
+    const auto source = models::io::open_source(options.model);
+    const auto weights = models::match_weights(*a.model, *source);
+    SourceWeights base(weights, *source);
+    a.adapters->check_base_copies(base);
+  }
   return a;
 }
 
-/// The adapter's own files, without what is ours alone and without copies of the base.
-peft::Peft::Saved read_adapter(const std::string& directory) {
+enum class BaseCopies { kKeep, kDrop };
+
+/// The adapter's own files. Copies of the base may be dropped once they were held against it.
+peft::Peft::Saved read_adapter(const std::string& directory, BaseCopies copies) {
   peft::Peft::Saved saved;
   saved.config = models::io::read_json_file(directory + "/adapter_config.json");
   GRAFT_CHECK(saved.config.is_object() && saved.config.value("peft_type", Json()).is_string(),
               directory,
               ": its method has no PEFT form (adapter_config.json names no peft_type), so no other "
               "program can read it");
-  saved.config.erase("graft");
   const models::io::SafetensorsFile file(directory + "/adapter_model.safetensors");
   for (const auto& entry : file.entries()) {
-    if (!entry.name.ends_with(".base_layer.weight"))
+    if (copies == BaseCopies::kKeep || !entry.name.ends_with(peft::kBaseCopy))
       saved.tensors.emplace_back(entry.name, file.read(entry.name));
   }
   return saved;
@@ -124,8 +134,10 @@ void export_adapter(const ExportOptions& options) {
               parts.size(), " adapters; export one of them, such as ", parts.front());
   const at::NoGradGuard no_grad;
   if (options.to == "gguf") return export_gguf(options);
-  const peft::Peft::Saved saved = read_adapter(options.adapter);
-  if (!options.model.empty()) put_on_model(options);
+  const bool checked = !options.model.empty();
+  if (checked) put_on_model(options);
+  const peft::Peft::Saved saved =
+      read_adapter(options.adapter, checked ? BaseCopies::kDrop : BaseCopies::kKeep);
   if (options.to == "safetensors") {
     return models::io::write_safetensors(
         options.output, saved.tensors, {{"format", "pt"}, {"adapter_config", saved.config.dump()}});

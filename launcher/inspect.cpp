@@ -96,10 +96,13 @@ Inspection inspect_adapter(const std::string& directory) {
   Facts& facts = result.facts;
   facts["kind"] = "adapter";
   copy_facts(config,
-             {"peft_type", "graft", "base_model_name_or_path", "task_type", "r", "lora_alpha",
+             {"peft_type", "base_model_name_or_path", "task_type", "r", "lora_alpha",
               "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save",
               "rank_pattern", "alpha_pattern"},
              facts);
+  const auto own = file.metadata().find(peft::kFactsKey);
+  if (own != file.metadata().end())
+    facts[own->first] = models::io::parse_json(own->second, file.path());
   add_tensor_facts(file.entries(), facts);
   int64_t num_zero = 0;
   const auto problems = adapter_problems(file, num_zero);

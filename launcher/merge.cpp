@@ -12,6 +12,8 @@
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/facts.h"
 #include "launcher/progress.h"
+#include "launcher/source_weights.h"
+#include "launcher/tokenizer_pipe.h"
 #include "models/base.h"
 #include "models/io/gguf_source.h"
 #include "models/io/open_source.h"
@@ -130,27 +132,6 @@ Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int6
   return written;
 }
 
-/// Embedding and head as the model's file has them.
-class SourceWeights : public peft::BaseWeights {
- public:
-  SourceWeights(const std::vector<models::MatchedWeight>& weights, models::io::TensorSource& source)
-      : weights_(weights), source_(source) {}
-  Tensor weight(const peft::LinearSite& site) override {
-    const auto named = [&](const std::string& name) {
-      return std::find_if(weights_.begin(), weights_.end(),
-                          [&](const auto& weight) { return weight.name == name; });
-    };
-    const auto own = named(site.name + ".weight");  // a tied head has none
-    return source_.read((own == weights_.end() ? named("embed.weight") : own)->source->name)
-        .to(at::kFloat);
-  }
-  Tensor bias(const peft::LinearSite& site) override { GRAFT_ASSERT(false, site.name); }
-
- private:
-  const std::vector<models::MatchedWeight>& weights_;
-  models::io::TensorSource& source_;
-};
-
 /// Cuts the tensors, in order, into files of at most `limit` bytes (a larger tensor has one of its
 /// own).
 std::vector<std::vector<Planned>> cut(const std::vector<Planned>& planned, int64_t limit) {
@@ -201,19 +182,30 @@ Json merged_config(const std::string& model, const models::ModelInfo& info,
   return config;
 }
 
-/// Copies the tokenizer and its companions. @return whether there is a tokenizer
-bool copy_companions(const std::string& model, const std::string& output) {
+/// Writes the tokenizer and its companions: a folder's are copied, a GGUF file's made from its
+/// vocabulary. @return why there is none; empty: there is one
+std::string write_tokenizer(const std::string& model, const fs::path& output) {
   if (fs::is_directory(model)) {
     for (const char* name : kCompanions) {
-      if (fs::exists(fs::path(model) / name))
-        fs::copy_file(fs::path(model) / name, fs::path(output) / name);
+      if (fs::exists(fs::path(model) / name)) fs::copy_file(fs::path(model) / name, output / name);
     }
-  } else if (const models::io::GgufSource source(model);
-             source.metadata().has("tokenizer.huggingface.json")) {
-    write_text(output + "/" + kTokenizerFile,
-               source.metadata().get_string("tokenizer.huggingface.json"));
+    const bool found =
+        fs::exists(output / kTokenizerFile) || fs::exists(output / "tokenizer.model");
+    return found ? "" : model + " has none to copy";
   }
-  return fs::exists(output + "/" + kTokenizerFile) || fs::exists(output + "/tokenizer.model");
+  const models::io::GgufSource source(model);
+  if (source.metadata().has("tokenizer.huggingface.json")) {
+    write_text(output / kTokenizerFile, source.metadata().get_string("tokenizer.huggingface.json"));
+    return "";
+  }
+  if (!source.metadata().has("tokenizer.ggml.model")) return model + " has none";
+  try {
+    for (const auto& [name, content] : TokenizerPipe(model).files())
+      write_text(output / name, content);
+    return "";
+  } catch (const Error& error) {  // the weights are worth having without it
+    return error.what();
+  }
 }
 
 /// OUT.partial, which becomes OUT or goes.
@@ -308,7 +300,7 @@ MergeReport merge(const MergeOptions& options) {
   }
   write_text(folder.path() + "/config.json",
              merged_config(options.model, model->info(), planned).dump(2) + "\n");
-  report.has_tokenizer = copy_companions(options.model, folder.path());
+  report.without_tokenizer = write_tokenizer(options.model, folder.path());
   report.num_files = static_cast<int64_t>(files.size());
   report.total.name = "all";
   for (const Survival& s : report.tensors)

@@ -31,7 +31,7 @@ struct MergeReport {
   std::vector<Survival> tensors;  ///< those that adapters change
   Survival total;
   int64_t num_files = 0, bytes = 0;
-  bool has_tokenizer = false;
+  std::string without_tokenizer;  ///< why the folder has no tokenizer; empty: it has one
 };
 
 /// The folder appears under its name only when it is whole. It does exactly what base and adapters

@@ -2,10 +2,10 @@
 
 #include <ATen/ATen.h>
 #include <ATen/DeviceAccelerator.h>
-#include <sys/resource.h>
 
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "configs/check.h"
@@ -41,9 +41,12 @@ int64_t peak_memory_bytes(at::Device device) {
         .at(static_cast<size_t>(at::CachingDeviceAllocator::StatType::AGGREGATE))
         .peak;
   }
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t{usage.ru_maxrss} * 1024;
+  // Not getrusage: its peak outlives exec, so a large process that starts the run would count.
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("VmHWM:")) return std::stoll(line.substr(6)) * 1024;
+  }
+  return 0;
 }
 
 Metrics::Metrics(const Run& run, int64_t resumed_step, Workbench& bench) : bench_(bench) {

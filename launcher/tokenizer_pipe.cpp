@@ -85,4 +85,8 @@ std::string TokenizerPipe::decode(const std::vector<int64_t>& ids) {
   return ask({{"op", "decode"}, {"ids", ids}}).at("text").get<std::string>();
 }
 
+std::map<std::string, std::string> TokenizerPipe::files() {
+  return ask({{"op", "files"}}).at("files").get<std::map<std::string, std::string>>();
+}
+
 }  // namespace graft::launcher

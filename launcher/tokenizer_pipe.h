@@ -1,11 +1,13 @@
 // TokenizerPipe: the tokenizer of a model, in a Python process at the other end of a pipe
-// (data/prepare/tokenizer_pipe.py). Only generation needs it; a training run never starts Python.
+// (data/prepare/tokenizer_pipe.py). Generating and merging need it; a training run never starts
+// Python.
 #pragma once
 
 #include <sys/types.h>
 
 #include <cstdint>
 #include <cstdio>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -25,6 +27,8 @@ class TokenizerPipe {
   /// template the plain text. @param prompt  UTF-8
   std::vector<int64_t> render(const std::string& prompt);
   std::string decode(const std::vector<int64_t>& ids);
+  /// What a Hugging Face folder with this tokenizer holds: file name to content.
+  std::map<std::string, std::string> files();
   const std::vector<int64_t>& eos_ids() const { return eos_ids_; }
 
  private:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <sstream>
 
@@ -191,16 +192,40 @@ void Trainer::agree_on_bad_samples() {
   }
 }
 
+models::TrunkOptions Trainer::trunk_options() const {
+  models::TrunkOptions options;
+  options.recompute = recompute();
+  options.random = kernels::derive({static_cast<uint64_t>(run_.train.seed), 1}, state_.step);
+  options.lowest_trained = bench_.adapters->params().lowest_stage();
+  return options;
+}
+
+/// The first value that is not finite, in the order of the computation: on the way up, which the
+/// ranks go once more together, else in a gradient.
+std::string Trainer::what_is_not_finite(std::span<const models::Lane> lanes) {
+  const auto mine = bench_.trunk->first_non_finite(lanes, trunk_options());
+  const std::string text = detail::concat(mine.stage, " ", mine.where);
+  std::string where;
+  int lowest = std::numeric_limits<int>::max();
+  for (const std::string& of_rank : dist::gather_texts(*bench_.world.host, text)) {
+    const int stage = std::stoi(of_rank);
+    if (stage >= 0 && stage < lowest) lowest = stage, where = of_rank.substr(of_rank.find(' ') + 1);
+  }
+  if (!where.empty()) return where;
+  const int64_t bad = kernels::first_non_finite(gradients_.flat());
+  return bad < 0 ? "the sum of the gradients" : "the gradient of " + gradients_.where(bad);
+}
+
 /// Three steps in a row without finite gradients end the run; one is left out by all ranks alike.
-bool Trainer::finite(double grad_norm) {
-  if (std::isfinite(grad_norm)) {
+bool Trainer::finite(double loss, double grad_norm, std::span<const models::Lane> lanes) {
+  if (std::isfinite(loss + grad_norm)) {
     state_.non_finite_in_a_row = 0;
     return true;
   }
-  const int64_t bad = kernels::first_non_finite(gradients_.flat());
-  const std::string where = bad < 0 ? "the loss" : "the gradient of " + gradients_.where(bad);
-  const std::string text = detail::concat("step ", state_.step + 1, ": ", where, " is not finite");
-  GRAFT_CHECK(++state_.non_finite_in_a_row < kMostNonFinite, ExitCode::kNumerics, text, ", ",
+  const std::string text =
+      detail::concat("step ", state_.step + 1, ": the ", std::isfinite(loss) ? "gradient" : "loss",
+                     " is not finite; the first value that is not: ", what_is_not_finite(lanes));
+  GRAFT_CHECK(++state_.non_finite_in_a_row < kMostNonFinite, ExitCode::kNumerics, text, "; ",
               kMostNonFinite,
               " steps in a row; lower train.learning_rate or look at the data. The last checkpoint "
               "is untouched.");
@@ -216,10 +241,7 @@ StepResult Trainer::train_step(bool stop_requested) {
   const int64_t reduced = comm.bytes(dist::Traffic::kReduced);
 
   std::vector<models::Lane> lanes = next_lanes();
-  models::TrunkOptions options;
-  options.recompute = recompute();
-  options.random = kernels::derive({static_cast<uint64_t>(run_.train.seed), 1}, state_.step);
-  options.lowest_trained = bench_.adapters->params().lowest_stage();
+  const models::TrunkOptions options = trunk_options();
   const auto per_sweep = static_cast<size_t>(lanes_per_gather_);
   for (size_t first = 0; first < lanes.size(); first += per_sweep) {
     const std::span sweep =
@@ -230,7 +252,7 @@ StepResult Trainer::train_step(bool stop_requested) {
   if (sums.bad_samples) agree_on_bad_samples();
   gradients_.reduce(bench_.world.comm(), std::max(1.0, sums.targets));
 
-  StepResult result = update(sums);
+  StepResult result = update(sums, lanes);
   targets_ += result.targets;
   GRAFT_CHECK(
       targets_ > 0 || first_step_ > 0 || state_.step < max_steps(), ExitCode::kData,
@@ -245,7 +267,7 @@ StepResult Trainer::train_step(bool stop_requested) {
 }
 
 /// Moves the adapters by the step's gradients, unless there is nothing to learn from.
-StepResult Trainer::update(const Sums& sums) {
+StepResult Trainer::update(const Sums& sums, std::span<const models::Lane> lanes) {
   const peft::StepInfo info{state_.step, schedule_.max_steps};
   bench_.adapters->after_reduce(info);
   StepResult result;
@@ -255,7 +277,7 @@ StepResult Trainer::update(const Sums& sums) {
   result.tokens = static_cast<int64_t>(sums.tokens);
   result.targets = static_cast<int64_t>(sums.targets);
   result.stop_requested = sums.stop;
-  const bool usable = sums.targets > 0 && finite(result.grad_norm + result.loss);
+  const bool usable = sums.targets > 0 && finite(result.loss, result.grad_norm, lanes);
   if (usable) {
     const double limit = run_.train.max_grad_norm;
     if (limit > 0 && result.grad_norm > limit)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "data/loader.h"
@@ -63,8 +64,10 @@ class Trainer {
   std::vector<models::Lane> next_lanes();
   Sums sum_over_ranks(const std::vector<models::Lane>& lanes, bool stop_requested);
   void agree_on_bad_samples();
-  bool finite(double grad_norm);
-  StepResult update(const Sums& sums);
+  bool finite(double loss, double grad_norm, std::span<const models::Lane> lanes);
+  std::string what_is_not_finite(std::span<const models::Lane> lanes);
+  models::TrunkOptions trunk_options() const;
+  StepResult update(const Sums& sums, std::span<const models::Lane> lanes);
 
   Workbench& bench_;
   const Run& run_;

@@ -186,4 +186,35 @@ std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass
   return out;
 }
 
+Trunk::NonFinite Trunk::first_non_finite(std::span<const Lane> lanes, const TrunkOptions& options) {
+  const at::AutoGradMode no_grad(false);
+  NonFinite first;
+  std::vector<Carry> carries(lanes.size());
+  for (int i = 0; i < model_.num_stages(); ++i) {
+    const StagePin pin(*this, i, -1, StagePin::Share::kNo);
+    for (size_t l = 0; l < lanes.size(); ++l) {
+      if (lanes[l].batch.empty()) continue;
+      carries[l] = model_.stage(i, std::move(carries[l]), pass_of(lanes[l], i, options));
+      if (first.stage < 0 && !at::isfinite(carries[l].h()).all().item<bool>())
+        first = {i, what_is_not_finite(i)};
+    }
+  }
+  return first;
+}
+
+/// A frozen weight of a pinned stage; if all are finite, its output.
+std::string Trunk::what_is_not_finite(int stage) const {
+  struct Search : Visitor {
+    std::string first, bad;
+    void weight(const std::string& name, Weight& w) override {
+      if (first.empty()) first = name;
+      if (bad.empty() && !at::isfinite(w.dense()).all().item<bool>()) bad = name;
+    }
+  } search;
+  for (const int block : model_.blocks_of(stage)) model_.visit_weights(block, search);
+  if (!search.bad.empty()) return "the weight " + search.bad;
+  const size_t parts = search.first.starts_with("block.") ? search.first.find('.') + 1 : 0;
+  return "the output of " + search.first.substr(0, search.first.find('.', parts));
+}
+
 }  // namespace graft::models

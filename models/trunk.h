@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "dist/block_store.h"
@@ -57,6 +58,13 @@ class Trunk {
   /// one lane only
   std::vector<Tensor> forward(std::span<const Lane> lanes, const Pass& pass);
 
+  /// Where values stop being finite on the way up, for a report of what went wrong. Collective.
+  struct NonFinite {
+    int stage = -1;     ///< -1: nowhere
+    std::string where;  ///< "the weight block.3.mlp.up.weight", else "the output of block.3"
+  };
+  NonFinite first_non_finite(std::span<const Lane> lanes, const TrunkOptions& options);
+
  private:
   class StagePin;
   struct Trail;
@@ -64,6 +72,7 @@ class Trunk {
   void down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink& sink,
             const TrunkOptions& options);
   Pass pass_of(const Lane& lane, int stage, const TrunkOptions& options) const;
+  std::string what_is_not_finite(int stage) const;
 
   Model& model_;
   dist::BlockStore& store_;

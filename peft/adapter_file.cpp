@@ -75,6 +75,11 @@ std::vector<std::string> AdapterFile::names() const {
   return names;
 }
 
+bool AdapterFile::has_base_copies() const {
+  return std::any_of(file_.entries().begin(), file_.entries().end(),
+                     [](const auto& entry) { return entry.name.ends_with(kBaseCopy); });
+}
+
 void AdapterFile::check_modules(const SlotMap& slots) const {
   std::map<std::string_view, int> layers;
   for (const LinearSite& site : slots.linears) layers[site.hf_path] = site.layer;

@@ -20,6 +20,10 @@ inline constexpr std::string_view kFilePrefix = "base_model.model.";
 /// What follows it where PEFT saved the frozen matrix too.
 inline constexpr std::string_view kBaseCopy = ".base_layer.weight";
 
+/// The metadata entry of adapter_model.safetensors with what only Graft knows: method and
+/// base_fingerprint, as JSON. PEFT would warn of an entry in adapter_config.json.
+inline constexpr const char* kFactsKey = "graft";
+
 /// What a method is made from.
 struct SavedAdapter {
   nlohmann::ordered_json config;     ///< as in the file: of two patterns PEFT takes the first
@@ -36,6 +40,7 @@ class AdapterFile {
   explicit AdapterFile(const std::string& directory);
 
   std::vector<std::string> names() const;
+  bool has_base_copies() const;
   /// Refuses tensors of modules that the model does not have, and matrices that would take the
   /// place of a block's.
   void check_modules(const SlotMap& slots) const;

@@ -61,20 +61,24 @@ void Peft::attach_frozen(const std::string& directory) {
   frozen_.push_back(std::move(frozen));
 }
 
+void Peft::attach(MethodEntry& entry) {
+  const size_t index = trained_.size();
+  GRAFT_CHECK(index < kMostMethods, "peft: ", index + 1, " methods, at most ", kMostMethods,
+              " are allowed");
+  if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
+  if (entry.init_from) AdapterFile(*entry.init_from).check_modules(slots_);
+  const size_t first = params_.all().size();
+  AttachContext context{slots_,  model_.info(),
+                        params_, kernels::derive(random_, index + 1),
+                        device_, std::to_string(index) + "."};
+  entry.method->attach(context);
+  trained_.push_back({entry.name, entry.method, first, params_.all().size() - first,
+                      entry.init_from.value_or("")});
+  if (entry.init_from) AdapterFile(*entry.init_from).read(params_of(trained_.back()));
+}
+
 void Peft::attach(std::vector<MethodEntry>& entries) {
-  GRAFT_CHECK(entries.size() <= kMostMethods, "peft: ", entries.size(), " methods, at most ",
-              kMostMethods, " are allowed");
-  for (size_t i = 0; i < entries.size(); ++i) {
-    MethodEntry& entry = entries[i];
-    if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
-    if (entry.init_from) AdapterFile(*entry.init_from).check_modules(slots_);
-    const size_t first = params_.all().size();
-    AttachContext context{slots_,  model_.info(),          params_, kernels::derive(random_, i + 1),
-                          device_, std::to_string(i) + "."};
-    entry.method->attach(context);
-    trained_.push_back({entry.name, entry.method, first, params_.all().size() - first,
-                        entry.init_from.value_or("")});
-  }
+  for (MethodEntry& entry : entries) attach(entry);
 }
 
 void Peft::initialize(BaseWeights& base) {
@@ -119,7 +123,8 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config["revision"] =
       base.revision.empty() ? nlohmann::json(nullptr) : nlohmann::json(base.revision);
   saved.config["inference_mode"] = true;
-  saved.config["graft"] = {{"method", part.name}, {"base_fingerprint", base.fingerprint}};
+  const nlohmann::json facts = {{"method", part.name}, {"base_fingerprint", base.fingerprint}};
+  saved.metadata = {{"format", "pt"}, {kFactsKey, facts.dump()}};
   for (size_t i = part.first_param; i < part.first_param + part.num_params; ++i) {
     const Param& param = params_.all()[i];
     saved.tensors.emplace_back(param.hf_key.empty() ? param.name : param.hf_key,

@@ -27,8 +27,10 @@ class Peft {
 
   /// Puts a saved adapter on the model, frozen: it is live and never trained.
   void attach_frozen(const std::string& directory);
-  /// Puts the run's methods on the model, in order, and fills params().
-  void attach(std::vector<MethodEntry>& entries);
+  /// Puts the run's next method on the model and its parameters in params(); those of `init_from`
+  /// must fit it. An entry with `init_from` alone gets its method.
+  void attach(MethodEntry& entry);
+  void attach(std::vector<MethodEntry>& entries);  ///< one after the other
   /// Initial values that need the base's weights, then those of `init_from`.
   void initialize(BaseWeights& base);
   /// Holds the copies of base matrices in the directories attached against the base; initialize()
@@ -44,6 +46,7 @@ class Peft {
   struct Saved {
     nlohmann::json config;  ///< adapter_config.json
     models::io::NamedTensors tensors;
+    models::io::SafetensorsMetadata metadata;  ///< of the tensors' file; kFactsKey: what is ours
   };
   size_t num_trained() const { return trained_.size(); }
   Saved save(size_t index, const BaseFacts& base) const;

@@ -26,7 +26,7 @@ std::string_view module_of(std::string_view tensor, std::string_view leaf) {
 
 PeftConfigReader::PeftConfigReader(const SavedAdapter& adapter) : adapter_(adapter) {
   ignore({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-          "peft_version", "auto_mapping", "graft"});
+          "peft_version", "auto_mapping"});
 }
 
 const nlohmann::ordered_json& PeftConfigReader::entry(const std::string& key) {

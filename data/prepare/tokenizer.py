@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from errors import USAGE, PrepareError
 from gguf_metadata import read_metadata
@@ -85,6 +85,21 @@ class Tokenizer:
         """Hash of the tokenizer's JSON with sorted keys and no white space; the template is not in it."""
         canonical = json.dumps(json.loads(self.core.to_str()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def files(self) -> dict[str, str]:
+        """What a Hugging Face folder with this tokenizer holds: file name to content."""
+        core = tokenizers.Tokenizer.from_str(self.core.to_str())
+        if self.add_bos and self.bos_id is not None:
+            bos = core.id_to_token(self.bos_id)
+            core.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, self.bos_id)])
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos,
+                  "clean_up_tokenization_spaces": False, **self.special_tokens}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        stops = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids) or None}
+        return {"tokenizer.json": core.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2),
+                "generation_config.json": json.dumps(stops, indent=2)}
 
     @cached_property
     def _template(self) -> ChatTemplate:

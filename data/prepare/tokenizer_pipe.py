@@ -1,8 +1,9 @@
-"""The tokenizer as a child process of `graft generate`: one JSON object a line each way.
+"""The tokenizer as a child process of `graft generate` and `graft merge`: one JSON object a line each way.
 
   {"op": "render", "messages": [...]}  -> {"ids": [...], "text": "..."}   ends with the generation prompt
   {"op": "encode", "text": "..."}      -> {"ids": [...]}                  with bos if the model expects it
   {"op": "decode", "ids": [...]}       -> {"text": "..."}                 "skip_special": true drops those
+  {"op": "files"}                      -> {"files": {name: content}}     of a Hugging Face folder
   {"op": "info"}                       -> {"eos_ids", "vocab_size", "sha256", "has_chat_template"}
 
 A request that fails is answered with {"error": "...", "exit_code": n}, and so is each one where the
@@ -32,10 +33,12 @@ def answer(tokenizer: Tokenizer, request: Any) -> dict[str, Any]:
         return {"ids": tokenizer.encode(request["text"], add_bos=tokenizer.add_bos)}
     if op == "decode":
         return {"text": tokenizer.decode(request["ids"], bool(request.get("skip_special", False)))}
+    if op == "files":
+        return {"files": tokenizer.files()}
     if op == "info":
         return {"eos_ids": tokenizer.eos_ids, "vocab_size": tokenizer.vocab_size,
                 "sha256": tokenizer.sha256, "has_chat_template": tokenizer.chat_template is not None}
-    raise PrepareError(f"unknown op {op!r}; known are render, encode, decode, info")
+    raise PrepareError(f"unknown op {op!r}; known are render, encode, decode, files, info")
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ void write_adapter(const std::string& directory, const Workbench& bench, const R
     fs::create_directories(part);
     const auto saved = bench.adapters->save(i, base);
     models::io::write_safetensors(part + "/adapter_model.safetensors", saved.tensors,
-                                  {{"format", "pt"}});
+                                  saved.metadata);
     write_text(part + "/adapter_config.json", saved.config.dump(2) + "\n");
   }
 }
@@ -218,18 +218,18 @@ std::optional<std::string> checkpoint_to_resume(const std::string& resume, Outpu
   return resume;
 }
 
-void prepare_resume(const std::string& directory, const data::Corpus& corpus, const World& world,
-                    Run& run) {
+void prepare_resume(const std::string& directory, const World& world, Run& run) {
   const auto conflicts =
       resume_conflicts(configs::read_file(directory + "/config.yaml"), configs::dump(run));
   GRAFT_CHECK(conflicts.empty(), directory, " was made with another configuration:\n  ",
               configs::join(conflicts, "\n  "),
               "\nPut these back, or choose another checkpoint.output_dir.");
   const SavedState saved(directory);
-  if (run.train.max_steps) saved.check_not_shorter(*run.train.max_steps);
   keep_lanes(saved, world, run);
+  const data::Loader loader(train_loader_config(run, world));
+  saved.check_not_shorter(schedule_of(run, loader).max_steps);
   const Json& before = saved.at("data");
-  const Json now = data_facts(corpus);
+  const Json now = data_facts(loader.corpus());
   GRAFT_CHECK(before == now, ExitCode::kData, "data.train: the files changed since ", directory,
               " was made: ", before.dump(), " then, ", now.dump(),
               " now. Put them back, or choose another checkpoint.output_dir.");
@@ -238,7 +238,6 @@ void prepare_resume(const std::string& directory, const data::Corpus& corpus, co
 void load_checkpoint(const std::string& directory, const OutputDirectory& output, Workbench& bench,
                      Trainer& trainer) {
   const SavedState saved(directory);
-  saved.check_not_shorter(trainer.max_steps());  // where epochs set the steps
   GRAFT_CHECK(saved.at("base_fingerprint") == bench.fingerprint, ExitCode::kData, directory,
               ": was made on a base with fingerprint ", saved.at("base_fingerprint").dump(),
               ", this one has ", bench.fingerprint);

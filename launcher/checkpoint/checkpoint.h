@@ -20,14 +20,13 @@ std::optional<std::string> checkpoint_to_resume(const std::string& resume, Outpu
 
 /// Checks, before any weight is read, that `run` continues the run that wrote `directory`. A step
 /// keeps its lanes: on another rank count `run` gets another accumulation, and says so.
-/// @param corpus  of data.train
 /// @throws graft::Error (kUsage) listing what differs between the checkpoint's config and `run`,
-/// or if the ranks do not divide the lanes; (kData) if the rows are others
-void prepare_resume(const std::string& directory, const data::Corpus& corpus, const World& world,
-                    Run& run);
+/// if the ranks do not divide the lanes, or if the run has become shorter; (kData) if the rows are
+/// others
+void prepare_resume(const std::string& directory, const World& world, Run& run);
 
 /// Takes over adapter, moments, cursor and counters. Written at any world size. Collective.
-/// @throws graft::Error (kUsage) if the run has become shorter; (kData) on another base
+/// @throws graft::Error (kData) on another base
 void load_checkpoint(const std::string& directory, const OutputDirectory& output, Workbench& bench,
                      Trainer& trainer);
 

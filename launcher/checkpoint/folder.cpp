@@ -2,16 +2,15 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
-#include <filesystem>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #include "configs/check.h"
 #include "configs/log.h"
@@ -68,6 +67,14 @@ void recover_all(const fs::path& folder) {
   for (const fs::path& place : places) FolderReplacement::recover(place);
 }
 
+/// Whether the open file is the one of that name.
+bool is_named(int descriptor, const std::string& path) {
+  struct stat opened = {};
+  struct stat named = {};
+  return fstat(descriptor, &opened) == 0 && stat(path.c_str(), &named) == 0 &&
+         opened.st_ino == named.st_ino;
+}
+
 }  // namespace
 
 std::string checkpoint_path(const std::string& output_dir, int64_t step) {
@@ -112,25 +119,58 @@ void FolderReplacement::recover(const std::string& path) {
   }
 }
 
+// --- NewPaths ---
+
+void NewPaths::make_folder(const fs::path& path, std::error_code& error) {
+  std::error_code unknown;  // making it says more
+  if (path.empty() || fs::is_directory(path, unknown)) return;
+  make_folder(path.parent_path(), error);
+  if (!error && fs::create_directory(path, error)) add(path);
+}
+
+void NewPaths::undo() {
+  std::error_code ignored;
+  for (auto path = paths_.rbegin(); path != paths_.rend(); ++path) fs::remove(*path, ignored);
+  paths_.clear();
+}
+
 // --- OutputDirectory ---
 
 OutputDirectory::OutputDirectory(std::string path, const World& world) : path_(std::move(path)) {
   if (world.rank() != 0) return;
-  std::error_code error;
-  fs::create_directories(path_ + "/checkpoints", error);
-  GRAFT_CHECK(!error, "checkpoint.output_dir: ", path_, " cannot be made: ", error.message());
-  const std::string file = path_ + "/LOCK";
-  lock_ = open(file.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
-  GRAFT_CHECK(lock_ >= 0, "checkpoint.output_dir: ", path_,
-              " cannot be written: ", std::strerror(errno));
-  GRAFT_CHECK(flock(lock_, LOCK_EX | LOCK_NB) == 0, "checkpoint.output_dir: ", path_,
-              " is in use by another running job; choose another one");
+  lock();
+  make_folder(path_ + "/checkpoints");
   sync_directory(path_);
   recover_all(path_ + "/checkpoints");
   FolderReplacement::recover(adapter_path());
 }
 
+void OutputDirectory::make_folder(const std::string& path) {
+  std::error_code error;
+  new_.make_folder(path, error);
+  GRAFT_CHECK(!error, "checkpoint.output_dir: ", path, " cannot be made: ", error.message());
+}
+
+/// A job whose start fails removes the file that it made and locked: a lock counts only while its
+/// file has its name.
+void OutputDirectory::lock() {
+  const std::string file = path_ + "/LOCK";
+  bool is_new = false;
+  do {
+    if (lock_ >= 0) close(lock_);
+    make_folder(path_);
+    is_new = !fs::exists(file);
+    lock_ = open(file.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
+    GRAFT_CHECK(lock_ >= 0, "checkpoint.output_dir: ", path_,
+                " cannot be written: ", std::strerror(errno));
+    GRAFT_CHECK(flock(lock_, LOCK_EX | LOCK_NB) == 0, "checkpoint.output_dir: ", path_,
+                " is in use by another running job; choose another one");
+  } while (!is_named(lock_, file));
+  if (is_new) new_.add(file);
+}
+
 OutputDirectory::~OutputDirectory() {
+  new_.undo();  // before another job may lock the folder
   if (lock_ >= 0) close(lock_);
 }
 

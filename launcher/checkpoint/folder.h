@@ -3,9 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <set>
 #include <string>
+#include <system_error>
+#include <vector>
 
 #include "launcher/world.h"
 
@@ -36,16 +39,38 @@ class FolderReplacement {
   std::string path_;
 };
 
+/// Folders and files that were not there before: they go again, unless they are kept.
+class NewPaths {
+ public:
+  NewPaths() = default;
+  ~NewPaths() { undo(); }
+  NewPaths(const NewPaths&) = delete;
+  NewPaths& operator=(const NewPaths&) = delete;
+
+  /// Makes what is not there yet of a folder and those around it.
+  void make_folder(const std::filesystem::path& path, std::error_code& error);
+  void add(const std::filesystem::path& path) { paths_.push_back(path); }
+  void keep() { paths_.clear(); }
+  /// Newest first; a folder that holds something stays.
+  void undo();
+
+ private:
+  std::vector<std::filesystem::path> paths_;
+};
+
 class OutputDirectory {
  public:
   /// Makes the folder, locks it and clears what a killed job left half done. Rank 0; others wait
   /// for the next collective.
   /// @throws graft::Error (kUsage) if it cannot be written or another job holds it
   OutputDirectory(std::string path, const World& world);
+  /// Leaves what was there before, and what was made only after keep().
   ~OutputDirectory();
   OutputDirectory(const OutputDirectory&) = delete;
   OutputDirectory& operator=(const OutputDirectory&) = delete;
 
+  /// The run begins: from now on the folder is its own.
+  void keep() { new_.keep(); }
   const std::string& path() const { return path_; }
   std::string adapter_path() const { return path_ + "/adapter"; }
 
@@ -65,8 +90,12 @@ class OutputDirectory {
   void prune(int64_t saved_step, int limit, int64_t best_step);
 
  private:
+  void make_folder(const std::string& path);
+  void lock();
+
   std::string path_;
   int lock_ = -1;
+  NewPaths new_;
   std::set<int64_t> passed_over_;  ///< steps whose folders hold no good checkpoint
 };
 

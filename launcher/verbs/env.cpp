@@ -127,7 +127,9 @@ int print_environment() {
 
 void add_env(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("env", "Versions, machine and variables, for a bug report");
-  verb->footer("Examples:\n  graft env\n  mpirun -np 1 --host node7 graft env");
+  verb->footer(
+      "Examples:\n  graft env\n"
+      "  cluster/mpirun.sh -np 1 --host node7 graft env");
   verb->callback([&command] { command.run = print_environment; });
 }
 

@@ -12,11 +12,12 @@ namespace {
 
 int run_merge(const MergeOptions& options) {
   MergeReport report = merge(options);
-  std::printf("%s: %lld file(s), %s%s\n", options.output.c_str(),
-              static_cast<long long>(report.num_files), bytes_text(report.bytes).c_str(),
-              report.has_tokenizer
-                  ? ""
-                  : "; the base has no tokenizer file to copy: add one before generating");
+  std::printf("%s: %lld file(s), %s\n", options.output.c_str(),
+              static_cast<long long>(report.num_files), bytes_text(report.bytes).c_str());
+  if (!report.without_tokenizer.empty()) {
+    std::printf("  without a tokenizer, add one before generating: %s\n",
+                report.without_tokenizer.c_str());
+  }
   std::printf("survives rounding: %.4f %% of the change, %zu tensors\n", 100 * report.total.share(),
               report.tensors.size());
   if (report.total.share() < 0.5) {

@@ -83,7 +83,7 @@ std::optional<std::string> look_before_loading(const Arguments& arguments, Outpu
   auto checkpoint = checkpoint_to_resume(arguments.resume, output, world, run);
   const data::Corpus corpus(run.data.train.values);
   if (run.eval.eval_steps > 0) check_same_tokenizer(corpus, data::Corpus(run.data.eval.values));
-  if (checkpoint) prepare_resume(*checkpoint, corpus, world, run);
+  if (checkpoint) prepare_resume(*checkpoint, world, run);
   return checkpoint;
 }
 
@@ -121,7 +121,8 @@ void finish(const OutputDirectory& output, Workbench& bench, Trainer& trainer, c
 }
 
 int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiSession* session) {
-  Run run = load_run(arguments.run.config, arguments.run.overrides);
+  const auto load = arguments.dry_run ? load_checked_run : load_run;
+  Run run = load(arguments.run.config, arguments.run.overrides);
   GRAFT_CHECK(!run.data.train.values.empty(), arguments.run.config,
               ": data.train names no shards to train on");
   World world = join_world(topology, session, run.parallel);
@@ -131,7 +132,6 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   }
   OutputDirectory output(run.checkpoint.output_dir, world);
   dist::agree(*world.host, true);  // the folder is ours before any rank writes into it
-  log::add_file(log_file(output.path(), world.rank()));
   const auto checkpoint = look_before_loading(arguments, output, world, run);
 
   Workbench bench = build_workbench(world, run);
@@ -139,6 +139,8 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   const std::string base_hash = bench.store->hash();
   Trainer trainer(bench, run);
   if (checkpoint) resume(*checkpoint, output, bench, trainer);
+  output.keep();  // a start that failed has left nothing
+  log::add_file(log_file(output.path(), world.rank()));
   write_run_files(bench, run);
   log::info(banner(bench, trainer, run));
   const bool finished = TrainLoop(output, bench, trainer, run).run();
@@ -166,7 +168,8 @@ void add_train(CLI::App& app, Command& command) {
   verb->add_flag("--dry-run", arguments->dry_run,
                  "only show what would be trained, and two samples with their targets marked");
   verb->footer(
-      "Examples:\n  mpirun -np 2 graft train configs/runs/quickstart.yaml\n"
+      "Examples:\n  cluster/mpirun.sh -np 2 build/release/graft train "
+      "configs/runs/quickstart.yaml\n"
       "  graft train run.yaml train.learning_rate=1e-4 checkpoint.output_dir=runs/second");
   verb->callback([arguments, &command] {
     watch_stop_signals();  // before the ranks meet: a run that is preempted while it loads still

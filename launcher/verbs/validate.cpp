@@ -21,8 +21,12 @@ int validate(const ValidateArguments& arguments) {
     return 0;
   }
   GRAFT_CHECK(!arguments.run.config.empty(), "validate: name a config file");
-  auto run = configs::load_config<Run>(arguments.run.config, arguments.run.overrides);
-  if (!arguments.schema_only) check_files(run);
+  const auto& [config, overrides] = arguments.run;
+  if (arguments.schema_only) {
+    configs::load_config<Run>(config, overrides);
+  } else {
+    load_checked_run(config, overrides);
+  }
   std::printf("%s: ok\n", arguments.run.config.c_str());
   return 0;
 }

@@ -16,10 +16,12 @@ import h5py
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-GRAFT = Path(os.environ["GRAFT_BINARY_DIR"]) / "graft"
-ORACLE = Path(os.environ["GRAFT_ORACLE_DIR"])
+GRAFT = Path(os.environ.get("GRAFT_BINARY_DIR", ROOT / "build/release")) / "graft"
+ORACLE = Path(os.environ.get("GRAFT_ORACLE_DIR", ROOT / "build/release/oracle"))
 MODEL = ORACLE / "llama_tied" / "model"
 VOCABULARY = 128
+LENGTHS = [9, 24, 5, 17, 12, 3, 21]  # of the documents of `rows`: odd, ragged, none longer than max_length
+STEPS = 30  # of a long run
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np"]
 
@@ -59,6 +61,19 @@ def write_config(path, rows, *overrides):
         section[key] = json.loads(value)
     path.write_text(json.dumps(config, indent=1))
     return path
+
+
+def write_long_run(folder, rows, *overrides):
+    """A run of four lanes on one rank, with dropout, a schedule and a checkpoint every fifth step."""
+    folder.mkdir(exist_ok=True)
+    return write_config(folder / "run.yaml", rows, f"train.max_steps={STEPS}", "checkpoint.save_steps=5",
+                        'train.lr_scheduler_type="cosine"', "train.warmup_ratio=0.1",
+                        'peft=[{"method": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}]', *overrides)
+
+
+def lanes(ranks):
+    """The override by which a step keeps its four lanes."""
+    return f"train.gradient_accumulation_steps={4 // ranks}"
 
 
 def command(*arguments, ranks=1):
@@ -141,3 +156,22 @@ def adapter(run):
 
 def checkpoints(run):
     return sorted(path for path in (Path(run) / "checkpoints").glob("step-*"))
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip_a_byte(checkpoint):
+    file = checkpoint / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def assert_same_run(run, reference):
+    """Byte-equal adapters, and one line for each step of a long run with the same loss."""
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(reference)]
+    assert [line["tokens"] for line in metrics(run)] == [line["tokens"] for line in metrics(reference)]
+    assert adapter(run) == adapter(reference)

@@ -63,6 +63,15 @@ def test_peft_loads_what_graft_trained_and_computes_its_logits(config, case, tmp
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_peft_loads_what_graft_trained_without_a_warning(config, case, tmp_path):
+    succeed("train", config(case, "train.max_steps=1"))
+    base = check_peft.load_base(ORACLE / case / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter")
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_graft_loads_what_peft_wrote_and_computes_its_logits(config, case, tmp_path):
     """Four ways to it: a frozen adapter under nothing, the start of a training with and without fields, --adapter."""
     expected = load_file(ORACLE / case / "oracle.safetensors")["adapter_logits"]

@@ -52,6 +52,15 @@ def write_gguf(path, metadata, version=3):
     return path
 
 
+def test_a_folder_of_its_files_gives_the_same_tokenizer(tokenizer, tmp_path):
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_text(content)
+    again = load_tokenizer(tmp_path)
+    assert again.sha256 == tokenizer.sha256
+    for fact in ("eos_id", "eos_ids", "bos_id", "add_bos", "chat_template", "special_tokens"):
+        assert getattr(again, fact) == getattr(tokenizer, fact), fact
+
+
 @pytest.mark.parametrize("case", GOLDEN["tokenizer_cases"] + GOLDEN["nll"], ids=lambda case: ascii(case["text"][:12]))
 def test_gguf_tokenizer_gives_the_golden_ids(tokenizer, case):
     assert tokenizer.encode(case["text"]) == case["ids"]

@@ -1,4 +1,5 @@
-"""graft train after a kill, a signal or damage: goes on where it was, to the same bits, or says why it cannot.
+"""graft train after a signal, on other ranks, after damage or a change: goes on where it was, to the same bits, or says
+why it cannot.
 
 The oracle is the uninterrupted run.
 """
@@ -8,190 +9,20 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import json
-import os
-import random
 import shutil
 import signal
 
-import h5py
-import numpy as np
 import pytest
-from graft_cli import (GRAFT, MODEL, ORACLE, Job, adapter, checkpoints, graft, metrics, succeed, write_config,
-                       write_rows)
-from safetensors.numpy import load_file, save_file
+from graft_cli import (MODEL, STEPS, Job, adapter, assert_same_run, checkpoints, files_of, flip_a_byte, graft, lanes,
+                       metrics, succeed, write_rows)
 
-STEPS = 30
-MANY = 200  # more steps than the kills of a test leave time for
 PREEMPTED, USAGE, DATA, NO_CHECKPOINT = 75, 2, 3, 6
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.h5"
-    write_rows(path, [9, 24, 5, 17, 12, 3, 21])
-    return path
-
-
-def write_run(folder, rows, *overrides):
-    """A run of four lanes on one rank, with dropout, a schedule and a checkpoint every fifth step."""
-    folder.mkdir(exist_ok=True)
-    return write_config(folder / "run.yaml", rows, f"train.max_steps={STEPS}", "checkpoint.save_steps=5",
-                        'train.lr_scheduler_type="cosine"', "train.warmup_ratio=0.1",
-                        'peft=[{"method": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}]', *overrides)
-
-
-@pytest.fixture
-def config(tmp_path, rows):
-    """config(override...) -> the path of such a run's file."""
-    return lambda *overrides, folder="job": write_run(tmp_path / folder, rows, *overrides)
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, rows):
-    """The folder of the uninterrupted run on one rank. Only to look at."""
-    path = write_run(tmp_path_factory.mktemp("reference"), rows)
-    succeed("train", path)
-    return path.parent / "run"
-
-
-def assert_same_run(run, reference):
-    """Byte-equal adapters, and one line for each step with the same loss."""
-    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(reference)]
-    assert [line["tokens"] for line in metrics(run)] == [line["tokens"] for line in metrics(reference)]
-    assert adapter(run) == adapter(reference)
-
-
-def lanes(ranks):
-    return f"train.gradient_accumulation_steps={4 // ranks}"
-
-
-# --- kills -------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kill_at_random_steps_then_resume_gives_the_same_bits(config, reference, ranks):
-    path = config(lanes(ranks))
-    run = path.parent / "run"
-    kills, rng = 0, random.Random(ranks)
-    for step in (2, 6, 9, 14, 23):
-        with Job("train", path, ranks=ranks) as job:
-            if job.wait_for_step(run, step):
-                if rng.random() < 0.5:
-                    job.process.kill()  # mpirun first: its ranks are orphans for a moment
-                job.kill_ranks()
-                kills += job.wait().returncode != 0
-    assert kills >= 3
-    succeed("train", path, ranks=ranks)
-    assert_same_run(run, reference)
-
-
-def test_one_dead_rank_ends_the_job(config):
-    path = config(lanes(4), "train.max_steps=100000")
-    with Job("train", path, ranks=4) as job:
-        assert job.wait_for_step(path.parent / "run", 3)
-        os.kill(job.rank_pids()[2], signal.SIGKILL)
-        assert job.wait(30).returncode != 0
-
-
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-class Traced:
-    """A command under strace, to be killed at one of its system calls."""
-
-    CALLS = "mkdir,write,fsync,rename,unlinkat,rmdir"
-
-    def __init__(self, folder, *arguments):
-        self.trace, self.command = folder / "trace.txt", [str(GRAFT), *map(str, arguments)]
-
-    def run(self, *arguments, kill_at=None):
-        injection = ["-e", "inject={}:signal=KILL:when={}".format(*kill_at)] if kill_at else []
-        with Job(wrapped=["strace", "-f", "-qq", "-o", str(self.trace), "-e", f"trace={self.CALLS}", *injection,
-                          *self.command, *arguments]) as job:
-            done = job.wait()
-        if "ptrace" in done.stderr.lower():
-            pytest.skip("strace may not trace here")
-        assert done.returncode in ((-signal.SIGKILL, 128 + signal.SIGKILL) if kill_at else (0,)), (kill_at, done.stderr)
-
-    def calls(self, first, last):
-        """From the first call that mentions `first` to the last that mentions `last`: its name, and its number as strace
-        counts, for each name and thread alone."""
-        lines = [line.split(maxsplit=1) for line in self.trace.read_text().splitlines()]
-        thread = next(thread for thread, call in lines if first in call)
-        mine = [call for own, call in lines if own == thread]
-        names = [call.split("(")[0] for call in mine]
-        begin = next(i for i, call in enumerate(mine) if first in call)
-        end = max(i for i, call in enumerate(mine) if last in call)
-        return [(names[i], names[:i + 1].count(names[i])) for i in range(begin, end + 1)]
-
-
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-
-
-@needs_strace
-def test_kill_at_every_write_of_a_save_leaves_a_loadable_checkpoint(config, tmp_path):
-    """Each attempt goes on from what the one before left, and is killed one system call later in its first save."""
-    small = 'peft=[{"method": "lora", "r": 2, "target_modules": ["layers.0.self_attn.q_proj"]}]'
-    steps = ["checkpoint.save_steps=1", "checkpoint.save_total_limit=1", 'train.lr_scheduler_type="constant"',
-             "train.warmup_ratio=0.0", small]
-    path = config(*steps, "train.max_steps=2")
-    run = path.parent / "run"
-    succeed("train", path)
-    traced = Traced(tmp_path, "train", path)
-    traced.run("train.max_steps=3")
-    calls = traced.calls(".tmp-step-", "checkpoints/")
-    assert len(calls) > 20
-    newest = [checkpoints(run)[-1].name]
-    for call in calls:
-        traced.run(f"train.max_steps={MANY}", kill_at=call)
-        newest.append(checkpoints(run)[-1].name)
-    assert newest[0] == newest[1] < newest[-1]  # the first kill came before the new one stood, the last after
-    succeed("train", path, f"train.max_steps={MANY}")
-    uninterrupted = config(*steps, f"train.max_steps={MANY}", "checkpoint.save_steps=0", folder="uninterrupted")
-    succeed("train", uninterrupted)
-    assert adapter(run) == adapter(uninterrupted.parent / "run")
-
-
-@needs_strace
-def test_kill_at_every_change_of_the_final_adapter_leaves_the_old_or_the_new_one(finished, reference, tmp_path):
-    """The old one has two numbered parts, as a run of two methods leaves them: nothing of them may stay."""
-    run, old, new = finished.parent / "run", tmp_path / "old", files_of(reference / "adapter")
-    for part in "01":
-        shutil.copytree(reference / "adapter", old / part)
-    traced, left = Traced(tmp_path, "train", finished), []
-
-    def attempt(**options):
-        for name in ("adapter", ".tmp-adapter", ".old-adapter"):
-            shutil.rmtree(run / name, ignore_errors=True)
-        shutil.copytree(old, run / "adapter")
-        traced.run(**options)
-        left.append(files_of(run / ("adapter" if (run / "adapter").exists() else ".old-adapter")))
-    attempt()
-    assert left == [new]
-    for call in traced.calls("-adapter", "-adapter"):
-        if call[0] not in ("write", "fsync"):  # these change no folder
-            attempt(kill_at=call)
-    assert all(files in (files_of(old), new) for files in left)
-    assert left[1] == files_of(old) and left[-1] == new and len(left) > 10
-
-
-def test_what_a_kill_left_half_done_is_cleared(finished, reference):
-    run = finished.parent / "run"
-    shutil.copytree(run / "checkpoints/step-00000030", run / "checkpoints/.tmp-step-00000099")
-    shutil.copytree(run / "adapter", run / ".tmp-adapter")
-    (run / "adapter").rename(run / ".old-adapter")
-    assert graft("train", finished, f"train.max_steps={STEPS - 1}").returncode == USAGE
-    assert adapter(run) == adapter(reference)  # it stands again, whatever comes
-    succeed("train", finished)
-    assert adapter(run) == adapter(reference)
-    assert not list(run.rglob(".*"))
 
 
 # --- signals and other rank counts -------------------------------------------------------------------------------
 
-def test_a_signal_saves_and_exits_75_and_the_run_goes_on(config):
-    path = config("checkpoint.save_steps=0", "train.max_steps=100000")
+def test_a_signal_saves_and_exits_75_and_the_run_goes_on(long_run):
+    path = long_run("checkpoint.save_steps=0", "train.max_steps=100000")
     run, stopped = path.parent / "run", 0
     for number in (signal.SIGUSR1, signal.SIGTERM):
         with Job("train", path) as job:
@@ -205,8 +36,8 @@ def test_a_signal_saves_and_exits_75_and_the_run_goes_on(config):
         assert not (run / "adapter").exists()
 
 
-def test_mpirun_passes_the_signal_on(config):
-    path = config(lanes(2), "checkpoint.save_steps=0", "train.max_steps=100000")
+def test_mpirun_passes_the_signal_on(long_run):
+    path = long_run(lanes(2), "checkpoint.save_steps=0", "train.max_steps=100000")
     with Job("train", path, ranks=2) as job:
         assert job.wait_for_step(path.parent / "run", 2)
         job.process.send_signal(signal.SIGUSR1)
@@ -214,9 +45,9 @@ def test_mpirun_passes_the_signal_on(config):
     assert len(checkpoints(path.parent / "run")) == 1
 
 
-def test_a_run_goes_on_with_the_same_file_on_other_rank_counts_to_the_same_bits(config, reference):
+def test_a_run_goes_on_with_the_same_file_on_other_rank_counts_to_the_same_bits(long_run, reference):
     """The accumulation follows the ranks, so that a step keeps its four lanes; also when the same job is requeued."""
-    path = config()
+    path = long_run()
     run = path.parent / "run"
     for ranks, step in ((1, 5), (2, 10), (2, 15)):
         done_before = max((line["step"] for line in metrics(run)), default=0)
@@ -235,13 +66,6 @@ def test_a_run_goes_on_with_the_same_file_on_other_rank_counts_to_the_same_bits(
 
 # --- damage ------------------------------------------------------------------------------------------------------
 
-def flip_a_byte(checkpoint):
-    file = checkpoint / "adapter_model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 def remove_manifest(checkpoint):
     (checkpoint / "MANIFEST.json").unlink()
 
@@ -259,8 +83,8 @@ def remove_trainer(checkpoint):
                                           (remove_manifest, "no MANIFEST.json"),
                                           (truncate_state, "state-0-of-1.safetensors has 100 bytes"),
                                           (remove_trainer, "trainer.json is missing")])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, reference, damage, said):
-    path = config()
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(long_run, reference, damage, said):
+    path = long_run()
     run = path.parent / "run"
     shutil.copytree(reference, run)
     before, newest = checkpoints(run)
@@ -271,8 +95,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(config, referenc
     assert_same_run(run, reference)
 
 
-def test_no_good_checkpoint_exits_6_and_touches_nothing(config, reference):
-    path = config(lanes(2))
+def test_no_good_checkpoint_exits_6_and_touches_nothing(long_run, reference):
+    path = long_run(lanes(2))
     run = path.parent / "run"
     shutil.copytree(reference, run)
     for checkpoint in checkpoints(run):
@@ -304,8 +128,8 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(finished):
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_a_checkpoint_that_was_passed_over_ousts_no_good_one(config, limit):
-    path = config("checkpoint.save_total_limit=null", "checkpoint.save_steps=10")
+def test_a_checkpoint_that_was_passed_over_ousts_no_good_one(long_run, limit):
+    path = long_run("checkpoint.save_total_limit=null", "checkpoint.save_steps=10")
     run = path.parent / "run"
     succeed("train", path)
     _, good, newest = checkpoints(run)
@@ -332,14 +156,6 @@ def test_folders_of_the_user_are_neither_resumed_nor_removed(finished):
 
 
 # --- what may change ---------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def finished(config, reference):
-    """The config of a run that has ended, a copy of the reference."""
-    path = config()
-    shutil.copytree(reference, path.parent / "run")
-    return path
-
 
 def refused(path, *arguments):
     """Exit 2 and nothing changed; returns what was said."""
@@ -370,9 +186,9 @@ def test_a_smaller_max_steps_is_refused(finished):
     (lambda folder: write_rows(folder / "rows-1.h5", [5]), "the files changed"),
     (lambda folder: write_rows(folder / "rows-0.h5", [9, 7, 8]), "the files changed"),
     (lambda folder: write_rows(folder / "rows-0.h5", [9, 8, 7], tokenizer_sha256="1" * 64), "the files changed")])
-def test_other_rows_under_the_same_glob_are_refused(config, tmp_path, spoil, said):
+def test_other_rows_under_the_same_glob_are_refused(long_run, tmp_path, spoil, said):
     write_rows(tmp_path / "rows-0.h5", [9, 8, 7])
-    path = config(f'data.train=["{tmp_path}/rows-*.h5"]', "train.max_steps=2")
+    path = long_run(f'data.train=["{tmp_path}/rows-*.h5"]', "train.max_steps=2")
     succeed("train", path)
     spoil(tmp_path)
     done = graft("train", path, "train.max_steps=4")
@@ -380,9 +196,9 @@ def test_other_rows_under_the_same_glob_are_refused(config, tmp_path, spoil, sai
     assert len(metrics(path.parent / "run")) == 2
 
 
-def test_a_conflict_is_told_before_the_weights_are_read(config, tmp_path):
+def test_a_conflict_is_told_before_the_weights_are_read(long_run, tmp_path):
     shutil.copytree(MODEL, tmp_path / "model")
-    path = config(f'model.name_or_path="{tmp_path}/model"', "train.max_steps=2")
+    path = long_run(f'model.name_or_path="{tmp_path}/model"', "train.max_steps=2")
     succeed("train", path)
     for shard in (tmp_path / "model").glob("*.safetensors"):
         shard.write_bytes(b"")
@@ -390,8 +206,22 @@ def test_a_conflict_is_told_before_the_weights_are_read(config, tmp_path):
         refused(path, change)
 
 
-def test_a_method_named_by_its_adapter_alone_is_resumed(config, finished):
-    path = config(f'peft=[{{"init_from": "{finished.parent}/run/adapter"}}]', "train.max_steps=2", folder="second")
+def test_fewer_epochs_are_told_before_the_weights_are_read(long_run, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = long_run(f'model.name_or_path="{tmp_path}/model"', "train.max_steps=null", "train.num_train_epochs=3")
+    succeed("train", path)
+    steps = len(metrics(path.parent / "run"))
+    succeed("train", path, "train.num_train_epochs=4")
+    longer = len(metrics(path.parent / "run"))
+    assert longer > steps
+    for shard in (tmp_path / "model").glob("*.safetensors"):
+        shard.write_bytes(b"")
+    said = refused(path, "train.num_train_epochs=3")
+    assert f"a run of {longer} steps, this one has {steps}" in said
+
+
+def test_a_method_named_by_its_adapter_alone_is_resumed(long_run, finished):
+    path = long_run(f'peft=[{{"init_from": "{finished.parent}/run/adapter"}}]', "train.max_steps=2", folder="second")
     succeed("train", path)
     assert "resumed from" in succeed("train", path, "train.max_steps=3").stderr
 
@@ -433,8 +263,8 @@ def test_a_folder_with_what_another_run_left_is_refused(finished, leave, said, r
     assert {name: data for name, data in files_of(run).items() if not name.startswith("logs")} == kept
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(config, reference):
-    path = config("checkpoint.save_steps=0")
+def test_a_run_killed_before_its_first_checkpoint_starts_again(long_run, reference):
+    path = long_run("checkpoint.save_steps=0")
     with Job("train", path, "train.max_steps=100000") as job:
         assert job.wait_for_step(path.parent / "run", 3)
         job.kill_ranks()
@@ -467,70 +297,3 @@ def test_an_older_checkpoint_of_the_same_folder_is_refused(finished, reference):
     assert done.returncode == USAGE
     assert "to branch off, choose another checkpoint.output_dir" in done.stderr
     assert_same_run(finished.parent / "run", reference)
-
-
-# --- the best adapter --------------------------------------------------------------------------------------------
-
-def best_of(run, after=0):
-    """The step of the lowest eval loss, and its checkpoint."""
-    evaluations = {line["step"]: line["eval_loss"] for line in metrics(run) if line["step"] > after}
-    best = min(evaluations, key=evaluations.get)
-    return best, run / f"checkpoints/step-{best:08d}"
-
-
-@pytest.fixture
-def evaluated(config, tmp_path):
-    """A run whose loss on rows never seen rises at this rate sooner or later: the last step is not the best one."""
-    write_rows(tmp_path / "held_out.h5", [20, 20], seed=1)
-    return config(f'data.eval=["{tmp_path}/held_out.h5"]', "checkpoint.save_total_limit=1",
-                  'eval={"eval_steps": 1, "load_best_model_at_end": true}')
-
-
-def test_the_best_adapter_is_kept_and_wins(evaluated):
-    succeed("train", evaluated)
-    run = evaluated.parent / "run"
-    best, kept = best_of(run)
-    assert best < STEPS
-    assert adapter(run) == (kept / "adapter_model.safetensors").read_bytes()
-    assert json.loads((kept / "trainer.json").read_text())["best_step"] == best
-
-    before = adapter(run)
-    flip_a_byte(kept)
-    done = graft("train", evaluated)
-    assert done.returncode == NO_CHECKPOINT and "adapter_model.safetensors has another hash" in done.stderr
-    assert adapter(run) == before
-
-    shutil.rmtree(kept)
-    done = succeed("train", evaluated, f"train.max_steps={STEPS + 2}")
-    assert f"the checkpoint of step {best}, the best so far, is lost" in done.stderr
-    assert adapter(run) == (best_of(run, after=STEPS)[1] / "adapter_model.safetensors").read_bytes()
-
-
-def test_the_best_adapter_may_be_asked_for_later(evaluated):
-    run = evaluated.parent / "run"
-    succeed("train", evaluated, "eval.load_best_model_at_end=false")
-    assert best_of(run)[0] < STEPS
-    succeed("train", evaluated, f"train.max_steps={STEPS + 2}")
-    assert adapter(run) == (best_of(run, after=STEPS)[1] / "adapter_model.safetensors").read_bytes()
-
-
-def test_a_loss_that_is_no_number_is_never_the_best(config, tmp_path):
-    """Only the held-out rows hold the token whose embedding is broken."""
-    shutil.copytree(ORACLE / "qwen3/model", tmp_path / "model")
-    for shard in (tmp_path / "model").glob("*.safetensors"):
-        tensors = load_file(shard)
-        if "model.embed_tokens.weight" in tensors:
-            tensors["model.embed_tokens.weight"][127] = np.nan
-            save_file(tensors, shard, {"format": "pt"})
-    for name, replaced in (("train", 0), ("eval", 127)):
-        write_rows(tmp_path / f"{name}.h5", [9, 24, 5])
-        with h5py.File(tmp_path / f"{name}.h5", "r+") as file:
-            tokens = file["tokens"][:]
-            tokens[(tokens == 127) | (tokens == tokens[2])] = replaced
-            file["tokens"][:] = tokens
-    path = config(f'model.name_or_path="{tmp_path}/model"', f'data.train=["{tmp_path}/train.h5"]', "train.max_steps=2",
-                  f'data.eval=["{tmp_path}/eval.h5"]', 'eval={"eval_steps": 1, "load_best_model_at_end": true}')
-    for steps in (2, 3):
-        done = succeed("train", path, f"train.max_steps={steps}")
-        assert "no evaluation gave a finite loss" in done.stderr
-    assert [line["eval_loss"] for line in metrics(path.parent / "run")] == [None] * 3

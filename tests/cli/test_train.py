@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from graft_cli import MODEL, VOCABULARY, adapter, losses, metrics, succeed, write_config, write_rows
+from graft_cli import LENGTHS, MODEL, VOCABULARY, adapter, losses, metrics, succeed, write_config, write_rows
 
-LENGTHS = [9, 24, 5, 17, 12, 3, 21]  # odd, ragged, none of them longer than max_length
 
 
 @pytest.fixture
@@ -29,12 +28,6 @@ def train(tmp_path):
         succeed("train", write_config(folder / "run.yaml", rows, *overrides), ranks=ranks)
         return folder / "run"
     return call
-
-
-@pytest.fixture
-def rows(tmp_path):
-    write_rows(tmp_path / "rows.h5", LENGTHS)
-    return tmp_path / "rows.h5"
 
 
 # --- the same bits at any rank count (promise 4) -----------------------------------------------------------------

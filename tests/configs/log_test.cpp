@@ -78,6 +78,19 @@ TEST_F(Log, AFileIsAppendedTo) {
   EXPECT_EQ(file_text().size(), 2 * once);
 }
 
+TEST_F(Log, AFileAddedLaterHasWhatWasSaidBeforeToo) {
+  say_everything({.rank = 1, .world = 4, .file = ""});
+  add_file(file_);
+  info("later");
+  const std::string late = file_text();
+  std::filesystem::remove_all(folder_);
+  say_everything({.rank = 1, .world = 4, .file = file_});
+  info("later");
+  const std::regex stamp(R"(\d{4}-\S+ )");
+  EXPECT_EQ(std::regex_replace(late, stamp, ""), std::regex_replace(file_text(), stamp, ""));
+  EXPECT_NE(late, "");
+}
+
 TEST_F(Log, AFileThatCannotBeWrittenIsAUsageError) {
   EXPECT_THROW(init({.file = "/proc/nowhere/rank-0.log"}), Error);
 }

@@ -79,6 +79,28 @@ std::string problems_of(const std::string& text, const std::vector<std::string>&
   return "";
 }
 
+TEST(Schema, AFurtherCheckReportsBesideOtherMistakesAtElementsOfLists) {
+  const Check<Everything> check = [](Everything& config, Fields& f) {
+    EXPECT_EQ(config.names.size(), 2u);
+    EXPECT_EQ(config.count, Everything().count);
+    f.require(false, "names.1", "no such metric");
+    f.require(false, "list.0.size", "too small");
+    f.require(false, "count", "is not said: it is wrong already");
+  };
+  const std::string text = "count: many\nnames: [loss, accuracy]\nlist:\n  - {size: 5}\n";
+  try {
+    read_text<Everything>(text, "f", {}, check);
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    const std::string said = error.what();
+    EXPECT_NE(said.find("f:1:8: count: expected an integer"), std::string::npos) << said;
+    EXPECT_NE(said.find("\nf:2:15: names.1: no such metric\nf:4:12: list.0.size: too small"),
+              std::string::npos)
+        << said;
+    EXPECT_EQ(said.find("is not said"), std::string::npos) << said;
+  }
+}
+
 TEST(Schema, AbsentKeysKeepTheirDefaults) {
   EXPECT_EQ(dump(read("{}")), dump(Everything()));
   EXPECT_EQ(read("inner: {size: 9}\n").inner.name, "inner");

@@ -223,6 +223,14 @@ TEST_F(Directories, TheRevisionOfTheBaseIsWritten) {
   EXPECT_EQ(revision({"base", "CAUSAL_LM", "print"}), nullptr);
 }
 
+// PEFT warns of entries of adapter_config.json that it does not know.
+TEST_F(Directories, WhatOnlyGraftKnowsIsInTheMetadataOfTheTensors) {
+  EXPECT_FALSE(saved.config.contains("graft"));
+  EXPECT_EQ(saved.metadata.at("format"), "pt");
+  EXPECT_EQ(nlohmann::json::parse(saved.metadata.at("graft")),
+            (nlohmann::json{{"method", "lora"}, {"base_fingerprint", "print"}}));
+}
+
 TEST(Methods, MoreThanSixtyFourAreRefused) {
   Tiny tiny("llama");
   for (int i = 0; i < 65; ++i) tiny.attach("lora", methods().make("lora"));
