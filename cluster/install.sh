@@ -25,6 +25,7 @@ openmpi-bin       command  mpirun
 libopenmpi-dev    command  mpicc
 libyaml-cpp-dev   header   yaml-cpp/yaml.h
 libhdf5-dev       header   hdf5/serial/hdf5.h
+zlib1g-dev        header   zlib.h
 libcli11-dev      header   CLI/CLI.hpp
 libspdlog-dev     header   spdlog/spdlog.h
 nlohmann-json3-dev header nlohmann/json.hpp

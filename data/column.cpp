@@ -38,7 +38,10 @@ bool has_user_block(hid_t dataset) {
 
 template <class Number>
 Column<Number>::Column(Hdf5Handle dataset, int64_t limit, int descriptor)
-    : dataset_(std::move(dataset)), limit_(limit), descriptor_(descriptor) {
+    : dataset_(std::move(dataset)),
+      reader_(dataset_.get(), native_type<Number>()),
+      limit_(limit),
+      descriptor_(descriptor) {
   Hdf5Lock lock;
   const Hdf5Handle properties(H5Dget_create_plist(dataset_.get()), H5Pclose);
   const Hdf5Handle space(H5Dget_space(dataset_.get()), H5Sclose);
@@ -66,7 +69,7 @@ template <class Number>
 std::string Column<Number>::read(uint64_t begin, std::span<Number> out, bool& sound) {
   if (chunks_.empty()) {
     sound = false;
-    return read_by_library(begin, out);
+    return reader_.read(begin, out.size(), out.data());
   }
   while (!out.empty()) {
     Chunk& chunk = chunks_[begin / chunk_elements_];
@@ -77,7 +80,7 @@ std::string Column<Number>::read(uint64_t begin, std::span<Number> out, bool& so
                                                       part.data(), part.size_bytes());
     sound = sound && read && chunk.sound;
     if (!read) {
-      std::string failure = read_by_library(begin, part);
+      std::string failure = reader_.read(begin, part.size(), part.data());
       if (!failure.empty()) return failure;
     }
     begin += part.size();
@@ -130,18 +133,6 @@ bool Column<Number>::read_bytes(uint64_t address, void* out, uint64_t bytes) con
     bytes -= got;
   }
   return true;
-}
-
-template <class Number>
-std::string Column<Number>::read_by_library(uint64_t begin, std::span<Number> out) const {
-  const hsize_t start = begin, size = out.size();
-  const Hdf5Handle memory(H5Screate_simple(1, &size, nullptr), H5Sclose);
-  const Hdf5Handle space(H5Dget_space(dataset_.get()), H5Sclose);
-  const bool read =
-      H5Sselect_hyperslab(space.get(), H5S_SELECT_SET, &start, nullptr, &size, nullptr) >= 0 &&
-      H5Dread(dataset_.get(), native_type<Number>(), memory.get(), space.get(), H5P_DEFAULT,
-              out.data()) >= 0;
-  return read ? "" : hdf5_message();
 }
 
 template class Column<uint32_t>;

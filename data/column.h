@@ -2,7 +2,8 @@
 // bare file. Where chunks hold the numbers as they are, libhdf5 only says where each one lies; its
 // bytes are taken from the file itself, the first time all of them, to verify checksum and values.
 // (Its own way costs a whole chunk for every read, and a checksum at a twentieth of the speed.) All
-// else goes by the library, and so does whatever is wrong: it has the last word and the message.
+// else goes by a DatasetReader, and so does whatever is wrong: it has the last word and the
+// message.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "data/dataset_reader.h"
 #include "data/hdf5.h"
 
 namespace graft::data {
@@ -38,14 +40,14 @@ class Column {
 
   bool read_new_chunk(Chunk& chunk, uint64_t inside, std::span<Number> out);
   bool read_bytes(uint64_t address, void* out, uint64_t bytes) const;
-  std::string read_by_library(uint64_t begin, std::span<Number> out) const;
 
   Hdf5Handle dataset_;
+  DatasetReader reader_;
   int64_t limit_ = 0;
   int descriptor_ = -1;
   uint64_t chunk_elements_ = 0;
   bool has_checksums_ = false;
-  std::vector<Chunk> chunks_;  // empty: always by the library
+  std::vector<Chunk> chunks_;  // empty: always by reader_
 };
 
 }  // namespace graft::data

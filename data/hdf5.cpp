@@ -1,18 +1,26 @@
 #include "data/hdf5.h"
 
+#include <mutex>
+
 namespace graft::data {
 namespace {
 
-std::recursive_mutex& library_mutex() {
-  static std::recursive_mutex mutex;
-  return mutex;
-}
+std::mutex library_mutex;
+
+/// How often this thread holds the mutex. A std::recursive_mutex would remember the thread by its
+/// number, which is another one in a forked child.
+thread_local int times_held = 0;
 
 }  // namespace
 
-Hdf5Lock::Hdf5Lock() : lock_(library_mutex()) {
+Hdf5Lock::Hdf5Lock() {
+  if (times_held++ == 0) library_mutex.lock();
   H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);  // a setting of the thread, so set on every entry
   H5PLset_loading_state(0);
+}
+
+Hdf5Lock::~Hdf5Lock() {
+  if (--times_held == 0) library_mutex.unlock();
 }
 
 Hdf5Handle& Hdf5Handle::operator=(Hdf5Handle&& other) noexcept {

@@ -5,7 +5,6 @@
 #include <hdf5.h>
 
 #include <cstdint>
-#include <mutex>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -17,13 +16,14 @@ namespace graft::data {
 
 /// libhdf5 has one global state, and its own lock is a build option: one thread of the process at a
 /// time. Inside, it prints no error itself and loads no filter plugin (a data file must not choose
-/// code to run).
+/// code to run). A thread may hold it several times, and the child that it forks goes on holding
+/// it.
 class Hdf5Lock {
  public:
   Hdf5Lock();
-
- private:
-  std::lock_guard<std::recursive_mutex> lock_;
+  ~Hdf5Lock();
+  Hdf5Lock(const Hdf5Lock&) = delete;
+  Hdf5Lock& operator=(const Hdf5Lock&) = delete;
 };
 
 /// An object of libhdf5, closed when it goes.

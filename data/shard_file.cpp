@@ -3,12 +3,14 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <sstream>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
 
 #include "configs/check.h"
 #include "data/scan.h"
+#include "data/trial.h"
 
 namespace graft::data {
 namespace {
@@ -20,6 +22,8 @@ constexpr hsize_t kMaxLabels = 1 << 20;
 constexpr int64_t kMaskLimit = 2;  // a mask is 0 or 1
 constexpr int64_t kZeroRun = 4;    // no document is so many tokens 0 and nothing else
 
+constexpr unsigned kMaxStringSeconds = 1;  // a million strings take less
+
 /// A number, string or array in the file, as libhdf5 sees it: an attribute or a dataset.
 struct Stored {
   const std::string& path;
@@ -29,9 +33,12 @@ struct Stored {
 
   hsize_t size() const { return static_cast<hsize_t>(H5Sget_simple_extent_npoints(space.get())); }
   void read(hid_t memory_type, void* out) const {
-    checked(is_attribute ? H5Aread(object.get(), memory_type, out)
-                         : H5Dread(object.get(), memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, out),
-            path, "read '" + name + "'");
+    if (is_attribute) {
+      checked(H5Aread(object.get(), memory_type, out), path, "read '" + name + "'");
+    } else {
+      const std::string failure = DatasetReader(object.get(), memory_type).read(0, size(), out);
+      GRAFT_CHECK(failure.empty(), ExitCode::kData, path, ": cannot read '", name, "': ", failure);
+    }
   }
 };
 
@@ -58,18 +65,37 @@ int64_t read_integer_attribute(hid_t file, const std::string& path, const std::s
   return value;
 }
 
+/// Strings of variable length (h5py's) lie on a heap without checksums, and libhdf5 believes every
+/// number in it: damage kills the process, at once or later. So a child reads them.
+std::vector<std::string> read_variable_strings(const Stored& stored) {
+  std::string death;
+  const std::string joined = in_trial(
+      kMaxStringSeconds,
+      [&] {
+        std::vector<char*> pointers(stored.size(), nullptr);
+        stored.read(stored.type.get(), pointers.data());
+        std::string joined;  // with a NUL after each
+        for (const char* text : pointers) joined += std::string(text ? text : "") + '\0';
+        return joined;
+      },
+      death);
+  GRAFT_CHECK(death.empty(), ExitCode::kData, stored.path, ": '", stored.name,
+              "' cannot be read: HDF5 fails on its strings of variable length (", death,
+              "): the file is damaged; write it again, with strings of fixed length as graft ",
+              "prepare does");
+  std::vector<std::string> strings(stored.size());
+  std::istringstream from(joined);
+  for (std::string& text : strings) std::getline(from, text, '\0');
+  return strings;
+}
+
 /// Strings of fixed length (ours) or variable length (h5py's).
 std::vector<std::string> read_strings(const Stored& stored) {
   GRAFT_CHECK(H5Tget_class(stored.type.get()) == H5T_STRING, ExitCode::kData, stored.path, ": '",
               stored.name, "' must hold text");
+  if (checked(H5Tis_variable_str(stored.type.get()), stored.path, "read a type") > 0)
+    return read_variable_strings(stored);
   std::vector<std::string> strings(stored.size());
-  if (checked(H5Tis_variable_str(stored.type.get()), stored.path, "read a type") > 0) {
-    std::vector<char*> pointers(strings.size(), nullptr);
-    stored.read(stored.type.get(), pointers.data());
-    for (size_t i = 0; i < strings.size(); ++i) strings[i] = pointers[i] ? pointers[i] : "";
-    H5Dvlen_reclaim(stored.type.get(), stored.space.get(), H5P_DEFAULT, pointers.data());
-    return strings;
-  }
   const size_t width = H5Tget_size(stored.type.get());
   GRAFT_CHECK(width <= kMaxChunkBytes / std::max<size_t>(strings.size(), 1), ExitCode::kData,
               stored.path, ": '", stored.name, "' has strings of ", width, " bytes");
@@ -80,9 +106,12 @@ std::vector<std::string> read_strings(const Stored& stored) {
   return strings;
 }
 
-/// Filters: only those that every libhdf5 has built in and whose decoders are small.
+/// Filters: only those that we undo ourselves.
 void check_filters(hid_t properties, const Stored& stored, hsize_t width, hsize_t& expansion) {
   const int num_filters = checked(H5Pget_nfilters(properties), stored.path, "read filters");
+  GRAFT_CHECK(num_filters == 0 || H5Tis_variable_str(stored.type.get()) == 0, ExitCode::kData,
+              stored.path, ": '", stored.name, "' has filters on strings of variable length; ",
+              "write it without filters or with strings of fixed length");
   for (int i = 0; i < num_filters; ++i) {
     unsigned flags = 0, config = 0;
     size_t num_values = 0;
@@ -92,13 +121,16 @@ void check_filters(hid_t properties, const Stored& stored, hsize_t width, hsize_
                     filter == H5Z_FILTER_DEFLATE,
                 ExitCode::kData, stored.path, ": '", stored.name, "' uses HDF5 filter ", filter,
                 "; only fletcher32, shuffle and deflate are accepted");
-    if (filter == H5Z_FILTER_DEFLATE) expansion *= kDeflateLimit;
+    if (filter != H5Z_FILTER_DEFLATE) continue;
+    GRAFT_CHECK(expansion == 1, ExitCode::kData, stored.path, ": '", stored.name,
+                "' is compressed twice");
+    expansion = kDeflateLimit;
   }
   hsize_t chunk = 0;
   const bool one_dimension = H5Pget_chunk(properties, 1, &chunk) == 1;
-  GRAFT_CHECK(one_dimension && chunk <= kMaxChunkBytes / width, ExitCode::kData, stored.path, ": '",
-              stored.name, "' has chunks of ", chunk, " elements; at most ", kMaxChunkBytes,
-              " bytes are accepted");
+  GRAFT_CHECK(one_dimension && chunk > 0 && chunk <= kMaxChunkBytes / width, ExitCode::kData,
+              stored.path, ": '", stored.name, "' has chunks of ", chunk, " elements; at most ",
+              kMaxChunkBytes, " bytes are accepted");
 }
 
 /// How the bytes are stored: in this file, in a way we know, and all of them (memory is taken by
@@ -113,9 +145,13 @@ void check_storage(const Stored& stored) {
               ExitCode::kData, stored.path, ": '", stored.name,
               "' is stored outside this file (external or virtual); copy it into one file");
   const hsize_t width = H5Tget_size(stored.type.get());
+  GRAFT_CHECK(width > 0, ExitCode::kData, stored.path, ": '", stored.name, "' has no element size");
   hsize_t expansion = 1;
   if (layout == H5D_CHUNKED) check_filters(properties.get(), stored, width, expansion);
-  const hsize_t stored_bytes = H5Dget_storage_size(dataset);
+  const Hdf5Handle file(checked(H5Iget_file_id(dataset), stored.path, "find the file"), H5Fclose);
+  hsize_t file_bytes = 0;
+  checked(H5Fget_filesize(file.get(), &file_bytes), stored.path, "read the file's size");
+  const hsize_t stored_bytes = std::min(H5Dget_storage_size(dataset), file_bytes);
   GRAFT_CHECK(stored.size() <= stored_bytes / width * expansion, ExitCode::kData, stored.path,
               ": '", stored.name, "' claims ", stored.size(), " elements but stores ", stored_bytes,
               " bytes; the file is incomplete");
@@ -142,6 +178,7 @@ Stored open_numbers(hid_t file, const std::string& path, const std::string& name
   const H5T_sign_t sign = std::is_signed_v<Number> ? H5T_SGN_2 : H5T_SGN_NONE;
   GRAFT_CHECK(H5Tget_class(stored.type.get()) == H5T_INTEGER &&
                   H5Tget_size(stored.type.get()) == sizeof(Number) &&
+                  H5Tget_precision(stored.type.get()) == 8 * sizeof(Number) &&
                   H5Tget_sign(stored.type.get()) == sign,
               ExitCode::kData, path, ": '", name, "' must be ",
               std::is_signed_v<Number> ? "int" : "uint", 8 * sizeof(Number));
@@ -193,6 +230,8 @@ Hdf5Handle open_file(const std::string& path) {
   const Hdf5Handle access(checked(H5Pcreate(H5P_FILE_ACCESS), path, "prepare"), H5Pclose);
   // Shards never change once named, and parallel file systems are often mounted without locks.
   checked(H5Pset_file_locking(access.get(), false, true), path, "prepare");
+  // Without its cache libhdf5 reads elements at their place, whatever length a chunk claims.
+  checked(H5Pset_cache(access.get(), 0, 0, 0, 0), path, "prepare");
   return {checked(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access.get()), path, "open as HDF5"),
           H5Fclose};
 }

@@ -11,6 +11,7 @@
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "launcher/inputs.h"
 #include "launcher/plan/memory.h"
 #include "launcher/progress.h"
 
@@ -119,6 +120,7 @@ Trainer::Trainer(Workbench& bench, const Run& run)
         config.report = [this](const data::BadSample& bad) { bad_samples_.push_back(bad); };
         return config;
       }()),
+      inputs_(input_facts(run, loader_.corpus())),
       gradients_(bench.adapters->params(), bench.model->num_stages(), num_lanes_,
                  reduction_of(run.parallel.reduction, bench.world.device)),
       optimizer_(bench.adapters->params(), run.train.weight_decay),

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 
@@ -54,6 +55,7 @@ class Trainer {
   data::Loader& loader() { return loader_; }
   /// Continues after `state`: the data position follows it.
   void restore(const TrainState& state);
+  const nlohmann::json& inputs() const { return inputs_; }  ///< input_facts when the run began
 
  private:
   struct Sums {
@@ -73,6 +75,7 @@ class Trainer {
   const Run& run_;
   int64_t num_lanes_, lanes_per_gather_;
   data::Loader loader_;
+  nlohmann::json inputs_;
   Gradients gradients_;
   AdamW optimizer_;
   Schedule schedule_;

@@ -10,6 +10,7 @@
 #include "configs/log.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/checkpoint/moments.h"
+#include "launcher/inputs.h"
 #include "models/io/json_file.h"
 #include "models/io/safetensors.h"
 
@@ -21,21 +22,6 @@ using Json = nlohmann::json;
 
 constexpr int kTrainerFormat = 1;
 constexpr const char* kTrainerFile = "trainer.json";
-
-/// What tells that the rows are those of before: how many, how long, by which tokenizer.
-Json data_facts(const data::Corpus& corpus) {
-  Digest digest;
-  int64_t tokens = 0;
-  for (const data::TokenShard& shard : corpus.shards()) {
-    digest.update(shard.tokenizer_sha256().data(), shard.tokenizer_sha256().size());
-    for (int64_t row = 0; row < shard.num_samples(); ++row) {
-      const int64_t length = shard.length(row);
-      digest.update(&length, sizeof length);
-    }
-    tokens += shard.num_tokens();
-  }
-  return {{"documents", corpus.num_documents()}, {"tokens", tokens}, {"lengths", digest.hex()}};
-}
 
 int64_t configured_accumulation(const Run& run) {
   return run.accumulation_in_file.value_or(run.train.gradient_accumulation_steps);
@@ -58,7 +44,7 @@ Json trainer_state(Trainer& trainer, const Workbench& bench, const Run& run) {
           {"world", bench.world.size()},
           {"lanes_per_step", trainer.num_lanes()},
           {"accumulation_in_file", configured_accumulation(run)},
-          {"data", data_facts(trainer.loader().corpus())},
+          {"inputs", trainer.inputs()},
           {"base_fingerprint", bench.fingerprint}};
 }
 
@@ -228,11 +214,14 @@ void prepare_resume(const std::string& directory, const World& world, Run& run) 
   keep_lanes(saved, world, run);
   const data::Loader loader(train_loader_config(run, world));
   saved.check_not_shorter(schedule_of(run, loader).max_steps);
-  const Json& before = saved.at("data");
-  const Json now = data_facts(loader.corpus());
-  GRAFT_CHECK(before == now, ExitCode::kData, "data.train: the files changed since ", directory,
-              " was made: ", before.dump(), " then, ", now.dump(),
-              " now. Put them back, or choose another checkpoint.output_dir.");
+  const Json& before = saved.at("inputs");
+  const Json inputs = input_facts(run, loader.corpus());
+  for (const auto& [key, now] : inputs.items()) {
+    const Json then = before.value(key, Json());
+    GRAFT_CHECK(then == now, ExitCode::kData, key, ": the files changed since ", directory,
+                " was made: ", then.dump(), " then, ", now.dump(),
+                " now. Put them back, or choose another checkpoint.output_dir.");
+  }
 }
 
 void load_checkpoint(const std::string& directory, const OutputDirectory& output, Workbench& bench,

@@ -13,6 +13,7 @@
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/dry_run.h"
 #include "launcher/evaluate.h"
+#include "launcher/inputs.h"
 #include "launcher/metrics.h"
 #include "launcher/run_record.h"
 #include "launcher/stop_signals.h"
@@ -82,6 +83,7 @@ std::optional<std::string> look_before_loading(const Arguments& arguments, Outpu
                                                World& world, Run& run) {
   auto checkpoint = checkpoint_to_resume(arguments.resume, output, world, run);
   const data::Corpus corpus(run.data.train.values);
+  check_same_inputs(world, run, corpus);
   if (run.eval.eval_steps > 0) check_same_tokenizer(corpus, data::Corpus(run.data.eval.values));
   if (checkpoint) prepare_resume(*checkpoint, world, run);
   return checkpoint;

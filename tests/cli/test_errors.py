@@ -14,7 +14,8 @@ import subprocess
 import h5py
 import numpy as np
 import pytest
-from graft_cli import (MODEL, VOCABULARY, Job, adapter, checkpoints, graft, metrics, succeed, write_config, write_rows)
+from graft_cli import (AS_ROOT, GRAFT, MODEL, MPIRUN, VOCABULARY, Job, adapter, checkpoints, graft, metrics, succeed,
+                       write_config, write_rows)
 from safetensors.numpy import load_file, save_file
 
 USAGE, DATA, NUMERICS = 2, 3, 7
@@ -139,6 +140,19 @@ def test_tokens_the_model_does_not_have_are_refused(config, tmp_path):
     path = config()
     write_rows(tmp_path / "rows.h5", [9, 9], vocab_size=VOCABULARY + 1)
     assert f"vocabulary of {VOCABULARY + 1}, the model has {VOCABULARY}" in fails(DATA, path)
+
+
+def test_ranks_that_see_different_files_are_told_which(tmp_path):
+    words = []
+    for rank in (0, 1):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        write_rows(folder / "rows.h5", [9, 8, 7], seed=rank)
+        write_config(folder / "run.yaml", "rows.h5", "data.eval=[]", f'checkpoint.output_dir="{tmp_path}/run"')
+        words += [":"] * rank + ["-np", "1", "-wdir", str(folder), str(GRAFT), "train", "run.yaml"]
+    done = subprocess.run([*MPIRUN[:-1], *words], capture_output=True, text=True, env=os.environ | AS_ROOT)
+    assert done.returncode == DATA and "data.train: rank 1 sees another than rank 0" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # --- the numbers -------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import shutil
 import signal
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from graft_cli import (MODEL, STEPS, Job, adapter, assert_same_run, checkpoints, files_of, flip_a_byte, graft, lanes,
                        metrics, succeed, write_rows)
 
@@ -185,6 +187,7 @@ def test_a_smaller_max_steps_is_refused(finished):
 @pytest.mark.parametrize("spoil, said", [
     (lambda folder: write_rows(folder / "rows-1.h5", [5]), "the files changed"),
     (lambda folder: write_rows(folder / "rows-0.h5", [9, 7, 8]), "the files changed"),
+    (lambda folder: write_rows(folder / "rows-0.h5", [9, 8, 7], seed=99), "the files changed"),
     (lambda folder: write_rows(folder / "rows-0.h5", [9, 8, 7], tokenizer_sha256="1" * 64), "the files changed")])
 def test_other_rows_under_the_same_glob_are_refused(long_run, tmp_path, spoil, said):
     write_rows(tmp_path / "rows-0.h5", [9, 8, 7])
@@ -194,6 +197,19 @@ def test_other_rows_under_the_same_glob_are_refused(long_run, tmp_path, spoil, s
     done = graft("train", path, "train.max_steps=4")
     assert done.returncode == DATA and said in done.stderr
     assert len(metrics(path.parent / "run")) == 2
+
+
+def test_another_frozen_adapter_under_the_same_path_is_refused(long_run, tmp_path):
+    below = long_run("train.max_steps=1").parent / "run/adapter"
+    succeed("train", below.parents[1] / "run.yaml")
+    path = long_run(f'model.adapters=["{below}"]', f'checkpoint.output_dir="{tmp_path}/above"', "train.max_steps=2")
+    succeed("train", path)
+    file = below / "adapter_model.safetensors"
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    save_file({name: 3 * value for name, value in load_file(file).items()}, file, metadata)
+    done = graft("train", path, "train.max_steps=4")
+    assert done.returncode == DATA and "model.adapters: the files changed" in done.stderr
 
 
 def test_a_conflict_is_told_before_the_weights_are_read(long_run, tmp_path):

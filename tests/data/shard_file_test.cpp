@@ -10,47 +10,6 @@
 namespace graft::data {
 namespace {
 
-// --- the C API, as another program would use it ---
-
-void put_attribute(hid_t file, const char* name, int64_t value) {
-  if (H5Aexists(file, name) > 0) H5Adelete(file, name);
-  const hid_t space = H5Screate(H5S_SCALAR);
-  const hid_t attribute = H5Acreate2(file, name, H5T_NATIVE_INT64, space, H5P_DEFAULT, H5P_DEFAULT);
-  ASSERT_GE(H5Awrite(attribute, H5T_NATIVE_INT64, &value), 0);
-  H5Aclose(attribute);
-  H5Sclose(space);
-}
-
-hid_t variable_string() {
-  const hid_t type = H5Tcopy(H5T_C_S1);
-  H5Tset_size(type, H5T_VARIABLE);
-  H5Tset_cset(type, H5T_CSET_UTF8);
-  return type;
-}
-
-void put_attribute(hid_t file, const char* name, const char* value) {
-  if (H5Aexists(file, name) > 0) H5Adelete(file, name);
-  const hid_t space = H5Screate(H5S_SCALAR), type = variable_string();
-  const hid_t attribute = H5Acreate2(file, name, type, space, H5P_DEFAULT, H5P_DEFAULT);
-  ASSERT_GE(H5Awrite(attribute, type, &value), 0);
-  H5Aclose(attribute);
-  H5Tclose(type);
-  H5Sclose(space);
-}
-
-void put_dataset(hid_t file, const char* name, hid_t type, const std::vector<hsize_t>& dims,
-                 const void* values, hid_t create = H5P_DEFAULT) {
-  if (H5Lexists(file, name, H5P_DEFAULT) > 0) H5Ldelete(file, name, H5P_DEFAULT);
-  const hid_t space = H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr);
-  const hid_t dataset = H5Dcreate2(file, name, type, space, H5P_DEFAULT, create, H5P_DEFAULT);
-  ASSERT_GE(dataset, 0) << name;
-  if (values) {
-    ASSERT_GE(H5Dwrite(dataset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, values), 0);
-  }
-  H5Dclose(dataset);
-  H5Sclose(space);
-}
-
 TEST_F(ShardTest, ReadsWhatWasWritten) {
   write_token_shard(path_, content_);
   const TokenShard shard(path_);
@@ -88,87 +47,6 @@ TEST_F(ShardTest, ReadsLabels) {
   EXPECT_EQ(shard.labels()->names, content_.labels->names);
   EXPECT_EQ(shard.labels()->tokens, content_.labels->tokens);
   EXPECT_EQ(shard.labels()->offsets, content_.labels->offsets);
-}
-
-TEST_F(ShardTest, ReadsAFileAsH5pyWritesItByDefault) {
-  // Earliest format, contiguous, variable-length strings, no checksum; big-endian tokens on top.
-  const hid_t file = H5Fcreate(path_.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
-  put_attribute(file, "graft_schema", 1);
-  put_attribute(file, "kind", "tokens");
-  put_attribute(file, "created_by", "h5py");
-  put_attribute(file, "tokenizer_sha256", content_.tokenizer_sha256.c_str());
-  put_attribute(file, "num_samples", 2);
-  put_attribute(file, "vocab_size", 100);
-  put_attribute(file, "a_note_of_the_user", "kept out of our way");
-  const uint32_t tokens[] = {1, 2, 3, 4, 99},
-                 swapped[] = {1u << 24, 2u << 24, 3u << 24, 4u << 24, 99u << 24};
-  const uint64_t offsets[] = {0, 3, 5};
-  const uint8_t mask[] = {0, 1, 1, 0, 1};
-  put_dataset(file, "tokens", H5T_STD_U32BE, {5}, swapped);
-  put_dataset(file, "offsets", H5T_STD_U64LE, {3}, offsets);
-  put_dataset(file, "loss_mask", H5T_STD_U8LE, {5}, mask);
-  const int32_t label[] = {1, 0};
-  const char* labels[] = {"bad", "good"};
-  const uint32_t label_tokens[] = {5, 6};
-  const uint64_t label_offsets[] = {0, 1, 2};
-  put_dataset(file, "label", H5T_STD_I32LE, {2}, label);
-  const hid_t text = variable_string();
-  put_dataset(file, "labels", text, {2}, labels);
-  H5Tclose(text);
-  put_dataset(file, "label_tokens", H5T_STD_U32LE, {2}, label_tokens);
-  put_dataset(file, "label_offsets", H5T_STD_U64LE, {3}, label_offsets);
-  H5Fclose(file);
-
-  const TokenShard shard(path_);
-  EXPECT_EQ(shard.created_by(), "h5py");
-  EXPECT_EQ(shard.num_samples(), 2);
-  EXPECT_EQ(read_all(shard).tokens, std::vector<uint32_t>(tokens, tokens + 5));
-  EXPECT_EQ(read_all(shard).loss_mask, std::vector<uint8_t>(mask, mask + 5));
-  EXPECT_EQ(shard.labels()->names, (std::vector<std::string>{"bad", "good"}));
-}
-
-TEST_F(ShardTest, ReadsCompressedChunks) {
-  const std::string message = refused_after([&](hid_t file) {
-    const hid_t create = H5Pcreate(H5P_DATASET_CREATE);
-    const hsize_t chunk = 4096, size = content_.tokens.size();
-    H5Pset_chunk(create, 1, &chunk);
-    H5Pset_shuffle(create);
-    H5Pset_deflate(create, 9);
-    put_dataset(file, "tokens", H5T_NATIVE_UINT32, {size}, content_.tokens.data(), create);
-    put_dataset(file, "loss_mask", H5T_NATIVE_UINT8, {size}, content_.loss_mask.data(), create);
-    H5Pclose(create);
-  });
-  EXPECT_EQ(message, "");
-  EXPECT_EQ(read_all(TokenShard(path_)).tokens, content_.tokens);
-}
-
-TEST_F(ShardTest, ReadsTheSameFromEveryStorage) {
-  const hsize_t size = content_.tokens.size();
-  struct Storage {
-    hsize_t chunk;  // 0: contiguous
-    std::vector<herr_t (*)(hid_t)> filters;
-  };
-  const std::vector<Storage> storages = {{0, {}},
-                                         {1000, {}},
-                                         {1000, {H5Pset_fletcher32}},
-                                         {size, {H5Pset_fletcher32}},
-                                         {50, {H5Pset_fletcher32}},  // more chunks than we look up
-                                         {1000, {H5Pset_shuffle, H5Pset_fletcher32}}};
-  for (size_t i = 0; i < storages.size(); ++i) {
-    const std::string message = refused_after([&](hid_t file) {
-      const hid_t create = H5Pcreate(H5P_DATASET_CREATE);
-      if (storages[i].chunk > 0) H5Pset_chunk(create, 1, &storages[i].chunk);
-      for (const auto set_filter : storages[i].filters) set_filter(create);
-      put_dataset(file, "tokens", H5T_NATIVE_UINT32, {size}, content_.tokens.data(), create);
-      put_dataset(file, "loss_mask", H5T_NATIVE_UINT8, {size}, content_.loss_mask.data(), create);
-      H5Pclose(create);
-    });
-    ASSERT_EQ(message, "") << "storage " << i;
-    const TokenShard shard(path_);
-    expect_reads(shard, 299'990, 20);  // parts of chunks, over their ends
-    expect_reads(shard, 995, 10);
-    expect_reads(shard, 0, content_.tokens.size());
-  }
 }
 
 TEST_F(ShardTest, ReadsManyRunsInOneCall) {

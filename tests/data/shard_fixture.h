@@ -9,6 +9,47 @@
 
 namespace graft::data {
 
+// --- the C API, as another program would use it ---
+
+inline void put_attribute(hid_t file, const char* name, int64_t value) {
+  if (H5Aexists(file, name) > 0) H5Adelete(file, name);
+  const hid_t space = H5Screate(H5S_SCALAR);
+  const hid_t attribute = H5Acreate2(file, name, H5T_NATIVE_INT64, space, H5P_DEFAULT, H5P_DEFAULT);
+  ASSERT_GE(H5Awrite(attribute, H5T_NATIVE_INT64, &value), 0);
+  H5Aclose(attribute);
+  H5Sclose(space);
+}
+
+inline hid_t variable_string() {
+  const hid_t type = H5Tcopy(H5T_C_S1);
+  H5Tset_size(type, H5T_VARIABLE);
+  H5Tset_cset(type, H5T_CSET_UTF8);
+  return type;
+}
+
+inline void put_attribute(hid_t file, const char* name, const char* value) {
+  if (H5Aexists(file, name) > 0) H5Adelete(file, name);
+  const hid_t space = H5Screate(H5S_SCALAR), type = variable_string();
+  const hid_t attribute = H5Acreate2(file, name, type, space, H5P_DEFAULT, H5P_DEFAULT);
+  ASSERT_GE(H5Awrite(attribute, type, &value), 0);
+  H5Aclose(attribute);
+  H5Tclose(type);
+  H5Sclose(space);
+}
+
+inline void put_dataset(hid_t file, const char* name, hid_t type, const std::vector<hsize_t>& dims,
+                        const void* values, hid_t create = H5P_DEFAULT) {
+  if (H5Lexists(file, name, H5P_DEFAULT) > 0) H5Ldelete(file, name, H5P_DEFAULT);
+  const hid_t space = H5Screate_simple(static_cast<int>(dims.size()), dims.data(), nullptr);
+  const hid_t dataset = H5Dcreate2(file, name, type, space, H5P_DEFAULT, create, H5P_DEFAULT);
+  ASSERT_GE(dataset, 0) << name;
+  if (values) {
+    ASSERT_GE(H5Dwrite(dataset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, values), 0);
+  }
+  H5Dclose(dataset);
+  H5Sclose(space);
+}
+
 struct Samples {
   std::vector<uint32_t> tokens;
   std::vector<uint8_t> loss_mask;
