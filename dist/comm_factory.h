@@ -47,7 +47,8 @@ std::unique_ptr<Comm> make_watched_comm(Watchdog& watchdog, std::unique_ptr<Comm
 /// CUDA tensors over NCCL, for the ranks of `bootstrap`, which carries the NCCL id at the start and
 /// the tags of all_gather later, so it must outlive this. Calls return when their work is queued
 /// behind the current CUDA stream; all_gather runs on a stream of its own until wait(). Defined in
-/// CUDA builds only.
+/// CUDA builds only. Ranks may share a GPU, with a warning; then it sets NCCL_HOSTID and, on one
+/// machine, NCCL_SOCKET_IFNAME, unless they are set.
 /// @param device    CUDA device of this rank
 /// @param deadline  for each host-side phase (initialisation, enqueueing); then the communicator is
 /// aborted and

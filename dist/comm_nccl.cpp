@@ -7,11 +7,16 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <nccl.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "configs/check.h"
+#include "configs/log.h"
 #include "dist/comm_factory.h"
 #include "kernels/device.h"
 
@@ -35,6 +40,28 @@ ncclDataType_t number_type(const at::Tensor& t) {
 
 char* data(at::Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 const char* data(const at::Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+/// NCCL refuses one GPU to two ranks of a host. Where ranks share one, each is a host of its own to
+/// NCCL, and where all are on one machine their network is its loopback. NCCL reads both variables
+/// once, at its first call; what the user has set stays. Collective.
+void let_ranks_share_gpus(Comm& bootstrap, int device) {
+  char host[256] = {}, bus[32] = {};
+  gethostname(host, sizeof host - 1);
+  CUDA_CHECK(cudaDeviceGetPCIBusId(bus, sizeof bus, device));
+  const std::string machine = host + std::string(" ");
+  const std::vector<std::string> gpus = gather_texts(bootstrap, machine + bus);
+  const std::set<std::string> distinct(gpus.begin(), gpus.end());
+  if (distinct.size() == gpus.size()) return;
+  if (bootstrap.rank() == 0) {
+    log::warn(detail::concat(gpus.size(), " ranks share ", distinct.size(),
+                             " GPU(s): that shows correctness, not speed"));
+  }
+  constexpr int kUsersStays = 0;
+  setenv("NCCL_HOSTID", (host + std::to_string(bootstrap.rank())).c_str(), kUsersStays);
+  const bool one_machine = std::all_of(
+      gpus.begin(), gpus.end(), [&](const std::string& gpu) { return gpu.starts_with(machine); });
+  if (one_machine) setenv("NCCL_SOCKET_IFNAME", "lo", kUsersStays);
+}
 
 /// The id that rank 0 makes, on every rank; a failure there becomes the same error everywhere.
 ncclUniqueId share_id(Comm& bootstrap) {
@@ -74,6 +101,7 @@ class NcclComm : public Comm {
         deadline_(deadline),
         stream_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device)) {
     const c10::cuda::CUDAGuard guard(device_);
+    let_ranks_share_gpus(bootstrap, device);
     const ncclUniqueId id = share_id(bootstrap);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;

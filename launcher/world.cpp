@@ -6,13 +6,19 @@
 
 #include <algorithm>
 #include <chrono>
-#include <utility>
 
 #include "configs/check.h"
 #include "configs/log.h"
 
 namespace graft::launcher {
 namespace {
+
+/// The ranks of a node take its GPUs in turn, so more of them share: make_nccl_comm() says so.
+at::Device device_of_rank(const dist::Topology& topology) {
+  if (!at::hasCUDA()) return at::kCPU;
+  const auto devices = static_cast<int>(at::getNumGPUs());
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(topology.local_rank % devices)};
+}
 
 #ifdef GRAFT_WITH_CUDA
 std::unique_ptr<dist::Comm> device_comm_of(dist::Comm& host, at::Device device,
@@ -61,13 +67,7 @@ World join_world(const dist::Topology& topology, dist::MpiSession* session,
   world.host = session != nullptr ? dist::make_mpi_comm() : dist::make_single_comm();
   if (session != nullptr) start_watchdog(world, *session, deadline);
   dist::place_on_nodes(world.topology, *world.host);
-  if (at::hasCUDA()) {
-    const size_t devices = at::getNumGPUs();
-    GRAFT_CHECK(std::cmp_less(world.topology.local_rank, devices), "rank ", world.topology.rank,
-                " is number ", world.topology.local_rank, " on ", world.topology.host,
-                ", which shows ", devices, " GPU(s); start as many ranks a node as it has GPUs");
-    world.device = at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(world.topology.local_rank));
-  }
+  world.device = device_of_rank(world.topology);
   world.device_comm = device_comm_of(*world.host, world.device, deadline);
   const int share = threads_of_rank(*world.host, world.topology.host);
   world.threads = config.threads_per_rank.value.value_or(share);
