@@ -22,8 +22,8 @@ struct Topology {
 
   int rank = 0;
   int world = 1;
-  int local_rank =
-      kUnknown;  ///< among the ranks of this node: the device is this modulo the GPUs in CUDA_VISIBLE_DEVICES
+  int local_rank = kUnknown;   ///< among the ranks of this node: the device is this modulo the GPUs
+                               ///< in CUDA_VISIBLE_DEVICES
   int local_world = kUnknown;  ///< ranks on this node
   int node = kUnknown;
   int num_nodes = kUnknown;
