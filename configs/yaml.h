@@ -42,6 +42,7 @@ class Problems {
 
   bool empty() const { return problems_.empty(); }
   const std::string& first() const { return problems_.front().message; }
+  const std::string& first_path() const { return problems_.front().path; }
 
   /// Throws graft::Error (kUsage), one line each: `source:line:col: key.path: message`, in file
   /// order and then `command line: key.path: message`; does nothing if there are none.

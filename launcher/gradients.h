@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "dist/comm.h"
@@ -30,6 +32,7 @@ class Gradients : public models::GradientSink {
   /// Collective.
   void reduce(dist::Comm& comm, double num_targets);
 
+  /// After reduce() each parameter's grad() is its part of flat(): methods may change it.
   /// All gradients, float32, one after the other; parts of it are of().
   Tensor& flat() { return flat_; }
   /// In the order of the ParamSet.
@@ -39,8 +42,10 @@ class Gradients : public models::GradientSink {
 
  private:
   struct Stage {
-    std::vector<Tensor> parameters;
-    int64_t numel = 0;
+    std::vector<Tensor> parameters;  ///< `num_own` that end here on the way down, then guests
+    size_t num_own = 0;
+    int64_t numel = 0;            ///< of its own
+    std::vector<size_t> indexes;  ///< of `parameters` in the ParamSet
     dist::TreeSum tree;
     Tensor sum;
   };
@@ -49,6 +54,8 @@ class Gradients : public models::GradientSink {
   std::vector<Stage> stages_;
   std::vector<std::pair<std::string, int64_t>>
       begins_;  ///< name and begin in flat, in the order of flat
+  /// Of a parameter used by several stages, what those above its lowest gave, by lane and index.
+  std::map<std::pair<int64_t, size_t>, Tensor> pending_;
   Tensor flat_;
   std::vector<Tensor> views_;
 };

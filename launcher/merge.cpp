@@ -75,12 +75,14 @@ std::map<std::string, const AdapterSlot*> adapted_slots(const peft::SlotMap& slo
   refuse(slots.sublayers), refuse(slots.attentions), refuse(slots.sequences);
   refuse(slots.tensors), refuse(slots.carries), refuse(slots.losses);
   std::map<std::string, const AdapterSlot*> adapted;
-  for (const peft::LinearSite& site : slots.linears) {
-    for (const auto& adapter : site.slot->adapters()) {
-      GRAFT_CHECK(adapter->mergeable(), "merge: the adapter at ", site.name,
-                  " is not a change of its matrix alone (a bias, say) and cannot be merged");
+  for (const auto* sites : {&slots.linears, &slots.gains}) {
+    for (const peft::LinearSite& site : *sites) {
+      for (const auto& adapter : site.slot->adapters()) {
+        GRAFT_CHECK(adapter->mergeable(), "merge: the adapter at ", site.name,
+                    " is not a change of its matrix alone (a bias, say) and cannot be merged");
+      }
+      if (!site.slot->empty()) adapted[site.name + ".weight"] = site.slot;
     }
-    if (!site.slot->empty()) adapted[site.name + ".weight"] = site.slot;
   }
   GRAFT_CHECK(!adapted.empty(), ExitCode::kData, "merge: the adapters change no matrix");
   return adapted;

@@ -26,8 +26,11 @@ struct Document {
 struct Sequence {
   std::vector<Document> documents;  ///< in row order; a position outside all of them is padding
   bool whole_rows = false;          ///< every row is one document from end to end
-  int64_t label_offset = 0;         ///< positions in front of the first one that has a label
-  Tensor cos_BLK, sin_BLK;          ///< float32 rotary tables; undefined where a model has none
+  Tensor positions_BL;              ///< int64, of each position in its document
+  /// Where the batch's tokens [B, T] stand after adapters have put rows between them; undefined:
+  /// where they stood.
+  Tensor token_places_BT;
+  Tensor cos_BLK, sin_BLK;  ///< float32 rotary tables; undefined where a model has none
 };
 
 /// The state between two stages: h_BLD first, then what a family adds.
@@ -64,7 +67,8 @@ struct Pass {
   bool training = false;
   bool adapters = true;  ///< false: the untouched base
   Want want = Want::kLoss;
-  kernels::Key random{};  ///< of (seed, step, lane); slots derive theirs from it
+  kernels::Key random{};       ///< of (seed, step, lane); slots derive theirs from it
+  kernels::Key step_random{};  ///< of (seed, step) alone: for what all lanes and ranks share
   KvCache* cache = nullptr;
 };
 

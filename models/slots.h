@@ -30,7 +30,8 @@ class Slot {
   std::vector<std::shared_ptr<A>> adapters_;
 };
 
-enum class LinearKind { kLinear, kEmbedding };
+/// kGain: the vector of a norm, of which adapters give another: only merged() is asked, with [D].
+enum class LinearKind { kLinear, kEmbedding, kGain };
 
 /// What a method may know of a matrix before any weight is loaded.
 struct LinearInfo {

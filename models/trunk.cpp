@@ -102,6 +102,7 @@ Pass Trunk::pass_of(const Lane& lane, int stage, const TrunkOptions& options) co
   pass.stage = stage;
   pass.training = options.training;
   pass.random = kernels::derive(options.random, lane.number);
+  pass.step_random = options.random;
   return pass;
 }
 
@@ -176,6 +177,7 @@ std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass
       here.lane = lanes[l].number;
       here.stage = i;
       here.random = kernels::derive(pass.random, lanes[l].number);
+      here.step_random = pass.random;
       carries[l] = model_.stage(i, std::move(carries[l]), here);
     }
   }

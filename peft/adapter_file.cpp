@@ -58,7 +58,9 @@ SavedAdapter read_saved_adapter(const std::string& directory) {
   check_entries(checked, path);
   SavedAdapter adapter;
   adapter.config = nlohmann::ordered_json::parse(models::io::MappedFile(path).text());
-  adapter.tensors = AdapterFile(directory).names();
+  const AdapterFile file(directory);
+  adapter.tensors = file.names();
+  adapter.facts = file.facts();
   return adapter;
 }
 
@@ -75,6 +77,14 @@ std::vector<std::string> AdapterFile::names() const {
   return names;
 }
 
+nlohmann::json AdapterFile::facts() const {
+  const auto found = file_.metadata().find(kFactsKey);
+  if (found == file_.metadata().end()) return nlohmann::json::object();
+  const auto facts = nlohmann::json::parse(found->second, nullptr, false);
+  const bool ours = facts.is_object() && facts.contains("method") && facts["method"].is_string();
+  return ours ? facts : nlohmann::json::object();
+}
+
 bool AdapterFile::has_base_copies() const {
   return std::any_of(file_.entries().begin(), file_.entries().end(),
                      [](const auto& entry) { return entry.name.ends_with(kBaseCopy); });
@@ -82,12 +92,21 @@ bool AdapterFile::has_base_copies() const {
 
 void AdapterFile::check_modules(const SlotMap& slots) const {
   std::map<std::string_view, int> layers;
-  for (const LinearSite& site : slots.linears) layers[site.hf_path] = site.layer;
+  std::set<std::string_view> around;  // "model.layers.3.self_attn": LLaMA-Adapter's tensors
+  for (const auto* sites : {&slots.linears, &slots.gains}) {
+    for (const LinearSite& site : *sites) {
+      layers[site.hf_path] = site.layer;
+      if (site.role.starts_with("attn."))
+        around.insert(std::string_view(site.hf_path).substr(0, site.hf_path.rfind('.')));
+    }
+  }
   std::vector<std::string> problems;
   for (const auto& entry : file_.entries()) {
     std::string_view module = entry.name;
     if (!module.starts_with(kFilePrefix)) continue;  // a name of ours, compared when it is read
-    module = module_around(module.substr(kFilePrefix.size()), layers);
+    module.remove_prefix(kFilePrefix.size());
+    if (around.contains(module.substr(0, module.rfind('.')))) continue;
+    module = module_around(module, layers);
     if (module.empty()) {
       problems.push_back("unknown: " + entry.name);
     } else if (entry.name.ends_with(kBaseCopy) && layers.at(module) >= 0) {
@@ -97,27 +116,33 @@ void AdapterFile::check_modules(const SlotMap& slots) const {
   refuse(problems);
 }
 
-std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params) const {
+std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params,
+                                      const std::vector<Constant>& constants) const {
   std::vector<std::string> problems;
   std::set<std::string, std::less<>> wanted;
   std::vector<Tensor> values;
-  for (const Param& param : params) {
-    const std::string& key = param.hf_key.empty() ? param.name : param.hf_key;
+  const auto read_one = [&](const std::string& key, const Tensor& like, bool may_be_left_out) {
     wanted.insert(key);
+    values.emplace_back();
     const auto* entry = file_.find(key);
     if (entry == nullptr) {
-      problems.push_back("missing: " + key);
-    } else if (!is_adapter_dtype(entry->dtype)) {
+      if (!may_be_left_out) problems.push_back("missing: " + key);
+    } else if (entry->shape != like.sizes()) {
+      problems.push_back(detail::concat("shape: ", key, " is ", at::IntArrayRef(entry->shape),
+                                        ", expected ", like.sizes()));
+    } else if (like.is_floating_point() && !is_adapter_dtype(entry->dtype)) {
       problems.push_back("dtype: " + key + " is " + entry->dtype + ", expected " +
                          configs::join({std::begin(kFloats), std::end(kFloats)}, ", "));
-    } else if (entry->shape != param.value.sizes()) {
-      problems.push_back(detail::concat("shape: ", key, " is ", at::IntArrayRef(entry->shape),
-                                        ", expected ", param.value.sizes()));
     } else {
-      values.push_back(file_.read(key));
+      values.back() = file_.read(key);
+      if (values.back().is_floating_point() != like.is_floating_point())
+        problems.push_back("dtype: " + key + " is " + entry->dtype + ", expected integers");
       if (!at::isfinite(values.back()).all().item<bool>()) problems.push_back("not finite: " + key);
     }
-  }
+  };
+  for (const Param& param : params) read_one(param.hf_key, param.value, false);
+  for (const Constant& constant : constants)
+    read_one(constant.hf_key, constant.value, constant.may_be_left_out);
   for (const auto& entry : file_.entries()) {
     if (!wanted.contains(entry.name) && !entry.name.ends_with(kBaseCopy))
       problems.push_back("unknown: " + entry.name);

@@ -28,6 +28,7 @@ inline constexpr const char* kFactsKey = "graft";
 struct SavedAdapter {
   nlohmann::ordered_json config;     ///< as in the file: of two patterns PEFT takes the first
   std::vector<std::string> tensors;  ///< names, as in the file
+  nlohmann::json facts = nlohmann::json::object();  ///< what kFactsKey holds, if Graft wrote it
 };
 
 /// @throws graft::Error (kData) for a directory that is no adapter
@@ -40,14 +41,18 @@ class AdapterFile {
   explicit AdapterFile(const std::string& directory);
 
   std::vector<std::string> names() const;
+  /// What kFactsKey holds; an empty object if it is not there or not what Graft writes.
+  nlohmann::json facts() const;
   bool has_base_copies() const;
   /// Refuses tensors of modules that the model does not have, and matrices that would take the
   /// place of a block's.
   void check_modules(const SlotMap& slots) const;
-  /// What the file holds for `params`, in their order.
+  /// What the file holds for `params` and then for `constants`, in their order; undefined for a
+  /// constant that it leaves out.
   /// Copies of base matrices are left to check_modules and check_base_copies.
   /// @throws graft::Error (kData) with the missing, unknown and misshapen tensors
-  std::vector<Tensor> read(const std::vector<Param>& params) const;
+  std::vector<Tensor> read(const std::vector<Param>& params,
+                           const std::vector<Constant>& constants = {}) const;
   /// PEFT saves the frozen matrix beside an adapted embedding or head, and loads it over the
   /// base's. Collective, as BaseWeights is.
   /// @throws graft::Error (kData) for a copy that is not the base's matrix

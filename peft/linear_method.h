@@ -2,51 +2,93 @@
 // and its adapter.
 //
 //   Config:   void fields(Fields&); Targets targets;
+//             where HF PEFT has the method: static PeftForm peft_form(); its fields have PEFT's
+//             names;
+//             optional: bool starts_as_base() const, where that is not always so;
+//             double learning_rate_factor(leaf) const
 //   Adapter:  derives from LinearAdapter; Adapter(config, site, random, device); registers its
-//   parameters;
-//             static peft leaf names: {"lora_a", "lora_A.weight"}
+//             parameters, and as buffers the constants that are saved;
+//             static std::vector<Leaf> leaves(): {"lora_a", "lora_A.weight"}
+//             optional: void initialize(config, site, base): values that need the base's;
+//             static constexpr bool kAdaptsEmbeddings = true
 #pragma once
 
-#include <initializer_list>
 #include <memory>
 #include <string>
-#include <string_view>
-#include <utility>
 #include <vector>
 
+#include "configs/check.h"
+#include "peft/attach.h"
 #include "peft/method.h"
+#include "peft/peft_form.h"
 #include "peft/targets.h"
+#include "peft/whole_tensors.h"
 
 namespace graft::peft {
-
-/// Our leaf name of a parameter and what follows the module path in PEFT's file.
-using Leaf = std::pair<std::string_view, std::string_view>;
-
-/// Puts an adapter on a slot and lists its parameters, under PEFT's keys where `leaves` has them.
-void attach_linear(AttachContext& context, const LinearSite& site,
-                   const std::shared_ptr<models::LinearAdapter>& adapter,
-                   const std::vector<Leaf>& leaves);
-
-/// The key of a slot's initial values.
-kernels::Key site_key(const AttachContext& context, const LinearSite& site);
 
 template <class Config, class Adapter>
 class LinearMethod : public Method {
  public:
-  void fields(configs::Fields& f) override { config_.fields(f); }
+  void fields(configs::Fields& f) override {
+    config_.targets.fields(f);
+    config_.fields(f);
+    whole_.fields(f);
+  }
   void attach(AttachContext& context) override {
     sites_ = config_.targets.resolve(context.slots);
-    for (const LinearSite* site : sites_) {
-      attach_linear(
-          context, *site,
-          std::make_shared<Adapter>(config_, *site, site_key(context, *site), context.device),
-          Adapter::leaves());
+    check_patterns(describe(), sites_);
+    for (const LinearSite* site : sites_) attach_to(context, *site);
+    whole_.attach(context, sites_);
+  }
+  void initialize(BaseWeights& base) override {
+    if constexpr (requires(Adapter & a) { a.initialize(config_, *sites_[0], base); }) {
+      const at::NoGradGuard no_grad;
+      for (size_t i = 0; i < sites_.size(); ++i)
+        adapters_[i]->initialize(config_, *sites_[i], base);
     }
+    whole_.initialize(base);
+  }
+
+  bool starts_as_base() const override {
+    if constexpr (requires { config_.starts_as_base(); }) return config_.starts_as_base();
+    return true;
+  }
+  std::string peft_type() const override { return form().type; }
+  nlohmann::json to_peft_config(const SlotMap& slots) const override {
+    return write_peft_form(form(), describe(), sites_, whole_, slots);
+  }
+  void from_peft_config(const SavedAdapter& adapter) override {
+    read_peft_form(form(), adapter, Adapter::leaves(), config_.targets, whole_,
+                   [&](configs::Fields& f) { config_.fields(f); });
   }
 
  protected:
+  static PeftForm form() {
+    if constexpr (requires { Config::peft_form(); }) return Config::peft_form();
+    return {};
+  }
+  virtual void attach_to(AttachContext& context, const LinearSite& site) {
+    GRAFT_CHECK(adapts(site.info.kind), "peft: ", site.name,
+                " is an embedding; this method adapts linear layers only");
+    adapters_.push_back(
+        std::make_shared<Adapter>(config_, site, site_key(context, site), context.device));
+    attach_linear(context, site, adapters_.back(), Adapter::leaves(),
+                  [&](std::string_view leaf) { return learning_rate_factor(leaf); });
+  }
+  double learning_rate_factor([[maybe_unused]] std::string_view leaf) const {
+    if constexpr (requires { config_.learning_rate_factor(leaf); })
+      return config_.learning_rate_factor(leaf);
+    return 1;
+  }
+  configs::FieldDoc describe() const { return configs::describe(config_); }
+  static constexpr bool adapts(models::LinearKind kind) {
+    return kind != models::LinearKind::kEmbedding || requires { Adapter::kAdaptsEmbeddings; };
+  }
+
   Config config_;
+  WholeTensors whole_{form().bias_only};
   std::vector<const LinearSite*> sites_;
+  std::vector<std::shared_ptr<Adapter>> adapters_;  ///< of sites_
 };
 
 }  // namespace graft::peft

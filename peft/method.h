@@ -65,6 +65,8 @@ class Method {
 
   /// PEFT's name of the method ("LORA"); empty where PEFT has none.
   virtual std::string peft_type() const { return ""; }
+  /// Whether it is this method's, of those with its peft_type: DoRA is LORA with a flag.
+  virtual bool is_in(const SavedAdapter& /*adapter*/) const { return true; }
   /// The method's own entries of adapter_config.json, and back. Reading refuses entries that change
   /// the mathematics and are not known here.
   virtual nlohmann::json to_peft_config(const SlotMap& slots) const;

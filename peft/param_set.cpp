@@ -11,8 +11,14 @@ namespace graft::peft {
 void ParamSet::add(Param param) {
   GRAFT_ASSERT(names_.insert(param.name).second, "two parameters named ", param.name);
   GRAFT_ASSERT(param.value.scalar_type() == at::kFloat && param.value.is_leaf(), param.name);
+  GRAFT_ASSERT(param.stage <= param.last_stage, param.name);
   param.value.set_requires_grad(true);
   params_.push_back(std::move(param));
+}
+
+void ParamSet::add(Constant constant) {
+  GRAFT_ASSERT(names_.insert(constant.name).second, "two tensors named ", constant.name);
+  constants_.push_back(std::move(constant));
 }
 
 int64_t ParamSet::numel() const {

@@ -1,5 +1,5 @@
 // ParamSet: everything trainable, in a fixed order: the order of gradients, of moments and of what
-// is saved.
+// is saved; and the constants that are saved beside it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,16 +15,31 @@ namespace graft::peft {
 using at::Tensor;
 
 struct Param {
-  std::string name;    ///< "0.block.3.attn.q.lora_a": method's place in the list, slot, leaf
-  std::string hf_key;  ///< "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
-  Tensor value;        ///< float32 leaf that requires grad
-  int stage = 0;       ///< where the trunk finds its gradient
+  std::string name;  ///< "0.block.3.attn.q.lora_a": method's place in the list, slot, leaf
+  std::string
+      hf_key;     ///< in files: "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
+  Tensor value;   ///< float32 leaf that requires grad
+  int stage = 0;  ///< where the trunk finds its gradient
+  /// The last stage that uses it, if there are several: its gradient is the sum over them.
+  int last_stage = stage;
+  double learning_rate_factor = 1;
+};
+
+/// A tensor that an adapter computes with and does not train (VeRA's projections, the places of a
+/// sparse delta).
+struct Constant {
+  std::string name, hf_key;
+  Tensor value;                  ///< of any dtype
+  bool may_be_left_out = false;  ///< a file without it means the value it has
+  bool is_saved = true;          ///< false: read where a file has it, not written
 };
 
 class ParamSet {
  public:
   void add(Param param);
+  void add(Constant constant);
   const std::vector<Param>& all() const { return params_; }
+  const std::vector<Constant>& constants() const { return constants_; }
   bool empty() const { return params_.empty(); }
   int64_t numel() const;
   int lowest_stage() const;  ///< of an empty set: INT_MAX
@@ -33,6 +48,7 @@ class ParamSet {
 
  private:
   std::vector<Param> params_;
+  std::vector<Constant> constants_;
   std::unordered_set<std::string> names_;
 };
 

@@ -4,18 +4,30 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <set>
 
 #include "configs/check.h"
 #include "peft/adapter_file.h"
+#include "peft/peft_form.h"
 
 namespace graft::peft {
 namespace {
 
 constexpr size_t kMostMethods = 64;  // one takes memory and a line of the config each
 
-void set_values(const std::vector<Param>& params, const std::vector<Tensor>& values) {
+/// @param values  of the params, then of the constants; undefined: it keeps its own
+void set_values(const std::vector<Param>& params, const std::vector<Constant>& constants,
+                const std::vector<Tensor>& values) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < params.size(); ++i) params[i].value.copy_(values[i]);
+  for (size_t i = 0; i < constants.size(); ++i) {
+    if (const Tensor& value = values[params.size() + i]; value.defined())
+      constants[i].value.copy_(value);
+  }
+}
+
+void set_values(const ParamSet& set, const AdapterFile& file) {
+  set_values(set.all(), set.constants(), file.read(set.all(), set.constants()));
 }
 
 bool is_within(const configs::Bound& bound, const configs::Node& value) {
@@ -33,8 +45,10 @@ bool is_within(const configs::Bound& bound, const configs::Node& value) {
 void check_bounds(Method& method, const std::string& path) {
   for (const auto& field :
        configs::describe_section([&](configs::Fields& f) { method.fields(f); }).members) {
-    GRAFT_CHECK(is_within(field.bound, field.value), ExitCode::kData, path, ": ", field.name, " = ",
-                configs::to_flow(field.value), ", expected ", field.type_text());
+    const bool is_unset = (field.may_be_null && field.value.text == "null") ||
+                          (field.may_be_auto && field.value.text == "auto");
+    GRAFT_CHECK(is_unset || is_within(field.bound, field.value), ExitCode::kData, path, ": ",
+                field.name, " = ", configs::to_flow(field.value), ", expected ", field.type_text());
   }
 }
 
@@ -57,7 +71,7 @@ void Peft::attach_frozen(const std::string& directory) {
                 directory + ": " + error.what());
   }
   for (const Param& param : frozen.params.all()) param.value.set_requires_grad(false);
-  set_values(frozen.params.all(), file.read(frozen.params.all()));
+  set_values(frozen.params, file);
   frozen_.push_back(std::move(frozen));
 }
 
@@ -67,14 +81,15 @@ void Peft::attach(MethodEntry& entry) {
               " are allowed");
   if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
   if (entry.init_from) AdapterFile(*entry.init_from).check_modules(slots_);
-  const size_t first = params_.all().size();
+  const size_t first = params_.all().size(), first_constant = params_.constants().size();
   AttachContext context{slots_,  model_.info(),
                         params_, kernels::derive(random_, index + 1),
                         device_, std::to_string(index) + "."};
   entry.method->attach(context);
-  trained_.push_back({entry.name, entry.method, first, params_.all().size() - first,
-                      entry.init_from.value_or("")});
-  if (entry.init_from) AdapterFile(*entry.init_from).read(params_of(trained_.back()));
+  trained_.push_back({entry.name, entry.method, first, params_.all().size() - first, first_constant,
+                      params_.constants().size() - first_constant, entry.init_from.value_or("")});
+  const Trained& part = trained_.back();
+  if (entry.init_from) AdapterFile(*entry.init_from).read(params_of(part), constants_of(part));
 }
 
 void Peft::attach(std::vector<MethodEntry>& entries) {
@@ -86,13 +101,14 @@ void Peft::initialize(BaseWeights& base) {
   for (const Frozen& frozen : frozen_) {
     frozen.method->initialize(
         base);  // may take values from the base, so the saved ones are set again
-    set_values(frozen.params.all(), AdapterFile(frozen.directory).read(frozen.params.all()));
+    set_values(frozen.params, AdapterFile(frozen.directory));
   }
   for (const Trained& part : trained_) part.method->initialize(base);
   for (const Trained& part : trained_) {
     if (part.init_from.empty()) continue;
     const auto params = params_of(part);
-    set_values(params, AdapterFile(part.init_from).read(params));
+    const auto constants = constants_of(part);
+    set_values(params, constants, AdapterFile(part.init_from).read(params, constants));
   }
 }
 
@@ -123,24 +139,26 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config["revision"] =
       base.revision.empty() ? nlohmann::json(nullptr) : nlohmann::json(base.revision);
   saved.config["inference_mode"] = true;
-  const nlohmann::json facts = {{"method", part.name}, {"base_fingerprint", base.fingerprint}};
+  nlohmann::json facts = saved.config.value(kOwnEntries, nlohmann::json::object());
+  saved.config.erase(kOwnEntries);
+  facts.update({{"method", part.name}, {"base_fingerprint", base.fingerprint}});
   saved.metadata = {{"format", "pt"}, {kFactsKey, facts.dump()}};
-  for (size_t i = part.first_param; i < part.first_param + part.num_params; ++i) {
-    const Param& param = params_.all()[i];
-    saved.tensors.emplace_back(param.hf_key.empty() ? param.name : param.hf_key,
-                               param.value.detach().cpu());
+  for (const Param& param : params_of(part))
+    saved.tensors.emplace_back(param.hf_key, param.value.detach().cpu());
+  for (const Constant& constant : constants_of(part)) {
+    if (constant.is_saved) saved.tensors.emplace_back(constant.hf_key, constant.value.cpu());
   }
   return saved;
 }
 
 void Peft::load(const std::string& directory) {
-  std::vector<Tensor> values;
+  std::vector<std::vector<Tensor>> values;
   for (size_t i = 0; i < trained_.size(); ++i) {
     const AdapterFile file(part_directory(directory, i, trained_.size()));
-    const auto part = file.read(params_of(trained_[i]));
-    values.insert(values.end(), part.begin(), part.end());
+    values.push_back(file.read(params_of(trained_[i]), constants_of(trained_[i])));
   }
-  set_values(params_.all(), values);
+  for (size_t i = 0; i < trained_.size(); ++i)
+    set_values(params_of(trained_[i]), constants_of(trained_[i]), values[i]);
 }
 
 std::vector<Param> Peft::params_of(const Trained& part) const {
@@ -148,24 +166,32 @@ std::vector<Param> Peft::params_of(const Trained& part) const {
   return {begin, begin + static_cast<std::ptrdiff_t>(part.num_params)};
 }
 
+std::vector<Constant> Peft::constants_of(const Trained& part) const {
+  const auto begin = params_.constants().begin() + static_cast<std::ptrdiff_t>(part.first_constant);
+  return {begin, begin + static_cast<std::ptrdiff_t>(part.num_constants)};
+}
+
 std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name) {
   const SavedAdapter adapter = read_saved_adapter(directory);
   const auto entry = adapter.config.find("peft_type");
   const std::string type =
       entry != adapter.config.end() && entry->is_string() ? entry->get<std::string>() : "";
-  std::vector<std::string> known;
+  const std::string ours = adapter.facts.value("method", "");
+  std::set<std::string> known;
   for (const auto& registered : methods().entries()) {
     std::shared_ptr<Method> method = registered.make();
-    if (method->peft_type().empty()) continue;
-    known.push_back(method->peft_type());
-    if (method->peft_type() != type) continue;
+    if (!method->peft_type().empty()) known.insert(method->peft_type());
+    const bool is_ours = type.empty() && method->peft_type().empty() && registered.name == ours;
+    if (!is_ours && (type.empty() || method->peft_type() != type || !method->is_in(adapter)))
+      continue;
     method->from_peft_config(adapter);
     check_bounds(*method, directory + "/adapter_config.json");
     name = registered.name;
     return method;
   }
   throw Error(ExitCode::kData, directory + "/adapter_config.json: peft_type '" + type +
-                                   "' is not supported; known: " + configs::join(known, ", "));
+                                   "' is not supported; known: " +
+                                   configs::join({known.begin(), known.end()}, ", "));
 }
 
 std::string part_directory(const std::string& directory, size_t index, size_t count) {

@@ -58,7 +58,7 @@ class Peft {
   struct Trained {
     std::string name;
     std::shared_ptr<Method> method;
-    size_t first_param, num_params;
+    size_t first_param, num_params, first_constant, num_constants;
     std::string init_from;
   };
   struct Frozen {
@@ -67,6 +67,7 @@ class Peft {
     std::string directory;
   };
   std::vector<Param> params_of(const Trained& part) const;
+  std::vector<Constant> constants_of(const Trained& part) const;
 
   models::Model& model_;
   at::Device device_;

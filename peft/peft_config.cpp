@@ -36,8 +36,7 @@ const nlohmann::ordered_json& PeftConfigReader::entry(const std::string& key) {
   return it == adapter_.config.end() ? null : *it;
 }
 
-void PeftConfigReader::get_targets(std::initializer_list<std::string_view> leaves,
-                                   Targets& targets) {
+void PeftConfigReader::get_targets(const std::vector<std::string_view>& leaves, Targets& targets) {
   ignore({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"});
   for (const std::string& tensor : adapter_.tensors) {
     for (const std::string_view leaf : leaves) {
@@ -45,8 +44,8 @@ void PeftConfigReader::get_targets(std::initializer_list<std::string_view> leave
     }
   }
   GRAFT_CHECK(!targets_.empty(), ExitCode::kData, "adapter_model.safetensors: no tensor is called ",
-              kFilePrefix, "<module>.", *leaves.begin(), "; the adapter holds nothing");
-  targets = {.modules = {}, .exclude = {}, .layers = {}};
+              kFilePrefix, "<module>.", leaves.front(), "; the adapter holds nothing");
+  targets.modules = {}, targets.exclude = {}, targets.layers = {};
   targets.modules.values = {targets_.begin(), targets_.end()};
 }
 
@@ -61,7 +60,7 @@ std::vector<std::string> PeftConfigReader::whole_modules() {
   return modules;
 }
 
-void PeftConfigReader::ignore(std::initializer_list<std::string_view> keys) {
+void PeftConfigReader::ignore(const std::vector<std::string>& keys) {
   used_.insert(keys.begin(), keys.end());
 }
 

@@ -4,7 +4,6 @@
 // is a list, a regular expression or a word, crossed with layer numbers and exclusions.
 #pragma once
 
-#include <initializer_list>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -26,20 +25,24 @@ class PeftConfigReader {
 
   /// The entry, which may be anything; null if it is not there.
   const nlohmann::ordered_json& entry(const std::string& key);
+  /// What Graft wrote beside the tensors; null if it is not there.
+  nlohmann::ordered_json own_entry(const std::string& key) const {
+    return adapter_.facts.value(key, nlohmann::json());
+  }
   /// Sets `value` (bool, int, double or string) if the entry is there and not null.
   template <class T>
   void get(const std::string& key, T& value) {
     if (const auto& found = entry(key); !found.is_null()) read(key, found, value);
   }
   /// The modules that have a tensor of one of these leaves ("lora_A.weight"), as whole paths.
-  void get_targets(std::initializer_list<std::string_view> leaves, Targets& targets);
+  void get_targets(const std::vector<std::string_view>& leaves, Targets& targets);
   /// The modules whose own matrix is in the file: those of modules_to_save. After get_targets.
   std::vector<std::string> whole_modules();
   /// A pattern (rank_pattern, alpha_pattern) as the values of the target modules, by whole path.
   template <class T>
   void get_pattern(const std::string& key, const Targets& targets, std::map<std::string, T>& out);
   /// Entries without effect on what a saved adapter computes.
-  void ignore(std::initializer_list<std::string_view> keys);
+  void ignore(const std::vector<std::string>& keys);
   /// @throws graft::Error (kData) if an entry that was neither read nor ignored holds anything but
   /// null, false or {}
   void refuse_the_rest() const;
@@ -52,6 +55,7 @@ class PeftConfigReader {
   static void read(const std::string& key, const Json& entry, int& value);
   static void read(const std::string& key, const Json& entry, double& value);
   static void read(const std::string& key, const Json& entry, std::string& value);
+  static void read(const std::string&, const Json& entry, Json& value) { value = entry; }
 
   const SavedAdapter& adapter_;
   std::set<std::string, std::less<>> used_;

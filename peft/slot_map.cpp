@@ -18,7 +18,7 @@ struct Collect : models::Visitor {
     constexpr std::string_view kBlock = "block.";
     LinearSite linear{{site(info.name, s)}, info, -1, map.names->hf_module(info.name)};
     if (info.name.starts_with(kBlock)) linear.layer = std::atoi(info.name.c_str() + kBlock.size());
-    map.linears.push_back(std::move(linear));
+    (info.kind == models::LinearKind::kGain ? map.gains : map.linears).push_back(std::move(linear));
   }
   void slot(const std::string& n, models::Slot<models::SublayerAdapter>& s) override {
     map.sublayers.push_back(site(n, s));

@@ -30,6 +30,7 @@ struct SlotMap {
   explicit SlotMap(models::Model& model);
 
   std::vector<LinearSite> linears;
+  std::vector<LinearSite> gains;  ///< vectors of norms: "block.3.attn_norm"
   std::vector<Site<models::SublayerAdapter>> sublayers;
   std::vector<Site<models::AttentionAdapter>> attentions;
   std::vector<Site<models::SequenceAdapter>> sequences;

@@ -14,21 +14,24 @@ constexpr std::string_view kAllLinear = "all-linear";
 
 std::string last_part(const std::string& path) { return path.substr(path.rfind('.') + 1); }
 
-Error unmatched(const std::string& entry, const char* key, const SlotMap& slots) {
+Error unmatched(const std::string& entry, const char* key, const std::vector<LinearSite>& all) {
   std::set<std::string> known;
-  for (const LinearSite& site : slots.linears) known.insert({site.role, last_part(site.hf_path)});
+  for (const LinearSite& site : all) known.insert({site.role, last_part(site.hf_path)});
   const std::vector<std::string> list(known.begin(), known.end());
   const std::string close = configs::nearest(entry, list);
-  return {ExitCode::kUsage, "peft: " + std::string(key) + " '" + entry +
-                                "' matches nothing in this model" +
-                                (close.empty() ? "" : "; did you mean '" + close + "'?") +
-                                ". It has: all-linear, " + configs::join(list, ", ")};
+  return {
+      ExitCode::kUsage,
+      "peft: " + std::string(key) + " '" + entry + "' matches nothing in this model" +
+          (close.empty() ? "" : "; did you mean '" + close + "'?") + ". It has: " +
+          (all.front().info.kind == models::LinearKind::kGain ? ""
+                                                              : std::string(kAllLinear) + ", ") +
+          configs::join(list, ", ")};
 }
 
 }  // namespace
 
 bool is_meant(const std::string& entry, const LinearSite& site) {
-  if (entry == kAllLinear) return site.layer >= 0;
+  if (entry == kAllLinear) return site.layer >= 0 && site.info.kind == models::LinearKind::kLinear;
   for (const std::string& name : {site.role, site.name, site.hf_path}) {
     if (glob_match(entry, name) || name.ends_with("." + entry)) return true;
   }
@@ -70,14 +73,15 @@ bool glob_match(std::string_view pattern, std::string_view text) {
 }
 
 std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots, const char* field) const {
+  const std::vector<LinearSite>& all = gains ? slots.gains : slots.linears;
   std::set<const LinearSite*> meant, excluded;
   const auto collect = [&](const configs::StringOrList& entries, const char* key, auto& into) {
     for (const std::string& entry : entries.values) {
       bool found = false;
-      for (const LinearSite& site : slots.linears) {
+      for (const LinearSite& site : all) {
         if (is_meant(entry, site)) found = true, into.insert(&site);
       }
-      if (!found) throw unmatched(entry, key, slots);
+      if (!found) throw unmatched(entry, key, all);
     }
   };
   for (const int layer : layers) {
@@ -89,7 +93,7 @@ std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots, const char
   collect(modules, field, meant);
   collect(exclude, "exclude_modules", excluded);
   std::vector<const LinearSite*> sites;
-  for (const LinearSite& site : slots.linears) {
+  for (const LinearSite& site : all) {
     const bool layer_fits = layers.empty() || site.layer < 0 ||
                             std::find(layers.begin(), layers.end(), site.layer) != layers.end();
     if (meant.contains(&site) && !excluded.contains(&site) && layer_fits) sites.push_back(&site);
@@ -103,7 +107,9 @@ std::vector<std::string> hf_targets(const std::vector<const LinearSite*>& sites,
                                     const SlotMap& slots) {
   std::map<std::string, size_t> in_model, meant;
   const auto suffix = [&](const LinearSite& s) { return last_part(s.hf_path); };
-  for (const LinearSite& site : slots.linears) ++in_model[suffix(site)];
+  for (const auto* all : {&slots.linears, &slots.gains}) {
+    for (const LinearSite& site : *all) ++in_model[suffix(site)];
+  }
   for (const LinearSite* site : sites) ++meant[suffix(*site)];
   std::set<std::string> out;
   for (const LinearSite* site : sites) {

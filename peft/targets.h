@@ -18,6 +18,7 @@ struct Targets {
   configs::StringOrList modules = {"attn.q", "attn.v"};
   configs::StringOrList exclude = {};
   std::vector<int> layers = {};  ///< only these layers; empty: all
+  bool gains = false;            ///< means vectors of norms (attn_norm), not matrices
 
   void fields(configs::Fields& f);
   /// The slots meant, in the model's order.
@@ -42,14 +43,6 @@ bool is_meant(const std::string& entry, const LinearSite& site);
 /// mistake.
 void check_pattern(const std::vector<std::string>& keys,
                    const std::vector<const LinearSite*>& sites, const char* field);
-
-template <class T>
-std::vector<std::string> keys(const std::map<std::string, T>& pattern) {
-  std::vector<std::string> out;
-  out.reserve(pattern.size());
-  for (const auto& [key, value] : pattern) out.push_back(key);
-  return out;
-}
 
 /// The value that a pattern (rank_pattern, alpha_pattern) gives a slot, else `fallback`. The
 /// longest key that means the slot wins, so a whole path beats a suffix.

@@ -31,28 +31,30 @@ class WholeWeight : public models::LinearAdapter {
   models::LinearKind kind_;
 };
 
-/// y = base(x) + (b' - b): exactly base(x) until b' has moved.
-class WholeBias : public models::LinearAdapter {
- public:
-  WholeBias(const LinearSite& site, at::Device device) {
-    const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
-    bias = register_parameter("bias", at::zeros({site.info.out}, options));
-    frozen = register_buffer("frozen_bias", at::zeros({site.info.out}, options));
-  }
-  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
-    const Tensor y = base(x);
-    return y + (bias - frozen).to(y.scalar_type());
-  }
-
-  Tensor bias, frozen;
-};
-
 }  // namespace
+
+WholeBias::WholeBias(const LinearSite& site, at::Device device) {
+  const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+  bias_ = register_parameter("bias", at::zeros({site.info.out}, options));
+  frozen_ = register_buffer("frozen_bias", at::zeros({site.info.out}, options));
+}
+
+Tensor WholeBias::forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) {
+  const Tensor y = base(x);
+  return y + (bias_ - frozen_).to(y.scalar_type());
+}
+
+void WholeBias::initialize(const LinearSite& site, BaseWeights& base) {
+  if (!site.info.has_bias) return;
+  frozen_.copy_(base.bias(site));
+  bias_.copy_(frozen_);
+}
 
 void WholeTensors::fields(configs::Fields& f) {
   f("modules_to_save", modules_to_save_,
     "matrices trained and saved whole, in the words of target_modules");
-  f("bias", bias_, f.one_of({"none", "all", "lora_only"}),
+  if (bias_only_.empty()) return;
+  f("bias", bias_, f.one_of({"none", "all", bias_only_}),
     "biases trained: of every linear, or of the adapted ones");
 }
 
@@ -76,7 +78,7 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
     attach_linear(context, site, biases_.back().adapter,
                   {{"bias", is_adapted ? "base_layer.bias" : "bias"}});
   };
-  if (bias_ == "lora_only") {
+  if (bias_ == bias_only_) {
     for (const LinearSite* site : adapted) train_bias(*site, true);
   } else if (bias_ == "all") {
     for (const LinearSite& site : context.slots.linears) {
@@ -91,14 +93,13 @@ void WholeTensors::initialize(BaseWeights& base) {
     static_cast<WholeWeight&>(*copy.adapter).weight.copy_(base.weight(*copy.site));
   }
   for (const Copy& copy : biases_) {
-    auto& adapter = static_cast<WholeBias&>(*copy.adapter);
-    adapter.frozen.copy_(base.bias(*copy.site));
-    adapter.bias.copy_(adapter.frozen);
+    static_cast<WholeBias&>(*copy.adapter).initialize(*copy.site, base);
   }
 }
 
 nlohmann::json WholeTensors::to_peft_config(const SlotMap& slots) const {
-  nlohmann::json config = {{"bias", bias_}, {"modules_to_save", nullptr}};
+  nlohmann::json config = {{"modules_to_save", nullptr}};
+  if (!bias_only_.empty()) config["bias"] = bias_;
   std::vector<const LinearSite*> sites;
   for (const Copy& copy : weights_) sites.push_back(copy.site);
   if (!sites.empty()) config["modules_to_save"] = hf_targets(sites, slots);
@@ -108,7 +109,14 @@ nlohmann::json WholeTensors::to_peft_config(const SlotMap& slots) const {
 void WholeTensors::from_peft_config(PeftConfigReader& config) {
   modules_to_save_ = {};
   modules_to_save_.values = config.whole_modules();
-  config.get("bias", bias_);
+  config.ignore({"bias"});
+  if (!bias_only_.empty()) {
+    config.get("bias", bias_);
+  } else {
+    const auto& bias = config.entry("bias");
+    GRAFT_CHECK(bias.is_null() || bias == "none", ExitCode::kData,
+                "adapter_config.json: bias = ", bias.dump(), ", expected \"none\"");
+  }
 }
 
 }  // namespace graft::peft

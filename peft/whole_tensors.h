@@ -8,15 +8,30 @@
 #include <string>
 #include <vector>
 
-#include "peft/linear_method.h"
+#include "peft/attach.h"
 #include "peft/peft_config.h"
 
 namespace graft::peft {
 
+/// y = base(x) + (b' - b): exactly base(x) until b' has moved; b is zero where the base has none.
+class WholeBias : public models::LinearAdapter {
+ public:
+  WholeBias(const LinearSite& site, at::Device device);
+  void initialize(const LinearSite& site, BaseWeights& base);
+  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override;
+
+ private:
+  Tensor bias_, frozen_;
+};
+
 class WholeTensors {
  public:
+  /// @param bias_only  what PEFT calls the biases of the adapted matrices: "lora_only"; empty: the
+  ///                   method has no `bias`
+  explicit WholeTensors(std::string bias_only) : bias_only_(std::move(bias_only)) {}
+
   void fields(configs::Fields& f);
-  /// @param adapted  the slots whose bias `lora_only` means
+  /// @param adapted  the slots whose bias `bias_only` means
   void attach(AttachContext& context, const std::vector<const LinearSite*>& adapted);
   /// Copies the frozen values in.
   void initialize(BaseWeights& base);
@@ -28,6 +43,7 @@ class WholeTensors {
     const LinearSite* site;
     std::shared_ptr<models::LinearAdapter> adapter;
   };
+  std::string bias_only_;
   configs::StringOrList modules_to_save_ = {};
   std::string bias_ = "none";
   std::vector<Copy> weights_, biases_;

@@ -20,7 +20,8 @@ struct LowrankAdd : torch::autograd::Function<LowrankAdd> {
     const at::Tensor inner = gemm(rows(x), a_cast.t());  // [N, r]
     base_out.view({-1, b.size(0)}).addmm_(inner, b_cast.t(), 1, scale);
     ctx->mark_dirty({base_out});
-    ctx->save_for_backward({x, a_cast, b_cast, inner});
+    // x is needed for the gradient of A alone
+    ctx->save_for_backward({a.requires_grad() ? x : at::Tensor(), a_cast, b_cast, inner});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["a_type"] = static_cast<int64_t>(a.scalar_type());
     ctx->saved_data["b_type"] = static_cast<int64_t>(b.scalar_type());
@@ -37,7 +38,11 @@ struct LowrankAdd : torch::autograd::Function<LowrankAdd> {
     at::Tensor d_x, d_a, d_b;
     if (ctx->needs_input_grad(1) || ctx->needs_input_grad(2)) {
       const at::Tensor d_inner = gemm(d_y, b).mul_(scale);
-      if (ctx->needs_input_grad(1)) d_x = gemm(d_inner, a).view(x.sizes());
+      if (ctx->needs_input_grad(1)) {
+        std::vector<int64_t> sizes = grads[0].sizes().vec();
+        sizes.back() = a.size(1);
+        d_x = gemm(d_inner, a).view(sizes);
+      }
       if (ctx->needs_input_grad(2)) d_a = gemm(d_inner.t(), rows(x)).to(type("a_type"));
     }
     if (ctx->needs_input_grad(3)) d_b = gemm(d_y.t(), inner).to(type("b_type")).mul_(scale);

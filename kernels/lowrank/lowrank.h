@@ -9,9 +9,9 @@
 namespace graft::kernels {
 
 /// base_out += scale * (x A^T) B^T, in place, and returns it: neither the update nor its scaled
-/// copy is ever stored. Differentiable in base_out, x, a and b; saves x and x A^T. The products run
-/// in the dtype of x (A and B are cast once, a fraction of the work); the gradients of A and B are
-/// returned in their own dtype, so sums over lanes are float32 sums.
+/// copy is ever stored. Differentiable in base_out, x, a and b; saves x A^T, and x if A is
+/// trained. The products run in the dtype of x (A and B are cast once, a fraction of the work); the
+/// gradients of A and B are returned in their own dtype, so sums over lanes are float32 sums.
 /// @param base_out  [..., out] in the dtype of x, contiguous; no backward may need its old value
 /// @param x         [..., in] float32, bfloat16 or float64, same leading sizes
 /// @param a         [r, in] any floating dtype

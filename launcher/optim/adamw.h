@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "kernels/adamw/adamw.h"
@@ -24,6 +25,7 @@ class AdamW {
 
  private:
   std::vector<Tensor> values_, m_, v_;
+  std::map<double, std::vector<size_t>> groups_;  ///< by learning-rate factor
   double weight_decay_;
   int64_t num_steps_ = 0;
 };

@@ -49,10 +49,12 @@ Trial attach(const std::string& method, const std::string& model_path) {
   add_roles(slots.tensors, trial.roles), add_roles(slots.carries, trial.roles),
       add_roles(slots.losses, trial.roles);
   trial.mergeable = trial.roles.empty();  // so far: anything but matrices
-  add_roles(slots.linears, trial.roles);
-  for (const auto& site : slots.linears) {
-    for (const auto& adapter : site.slot->adapters())
-      trial.mergeable = trial.mergeable && adapter->mergeable();
+  for (const auto* sites : {&slots.linears, &slots.gains}) {
+    add_roles(*sites, trial.roles);
+    for (const auto& site : *sites) {
+      for (const auto& adapter : site.slot->adapters())
+        trial.mergeable = trial.mergeable && adapter->mergeable();
+    }
   }
   trial.trained = adapters.params().numel();
   trial.base = num_parameters(*model);

@@ -34,6 +34,11 @@ void visit(Visitor& visitor, Linear& linear) {
   if (linear.bias.defined()) visitor.weight(linear.info.name + ".bias", linear.bias);
 }
 
+void visit_gain(Visitor& visitor, const std::string& name, RmsNorm& norm) {
+  const int64_t width = norm.weight.numel();
+  visitor.slot(LinearInfo{name, width, width, false, LinearKind::kGain}, norm.gain);
+}
+
 }  // namespace
 
 // --- the block
@@ -118,9 +123,13 @@ void LlamaBlock::visit_slots(Visitor& visitor) {
   visitor.slot(slot_name(layer, "carry"), around);
   visitor.slot(slot_name(layer, "norm.attn"), attn_norm.slot);
   visitor.slot(slot_name(layer, "norm.mlp"), mlp_norm.slot);
+  visit_gain(visitor, slot_name(layer, "attn_norm"), attn_norm);
+  visit_gain(visitor, slot_name(layer, "mlp_norm"), mlp_norm);
   if (attn.qk_norm) {
     visitor.slot(slot_name(layer, "norm.q"), attn.q_norm.slot);
     visitor.slot(slot_name(layer, "norm.k"), attn.k_norm.slot);
+    visit_gain(visitor, slot_name(layer, "attn.q_norm"), attn.q_norm);
+    visit_gain(visitor, slot_name(layer, "attn.k_norm"), attn.k_norm);
   }
 }
 
@@ -151,27 +160,28 @@ Carry Llama::stage(int i, Carry carry, const Pass& pass) const {
 
 Carry Llama::embed(const Pass& pass) const {
   const data::Batch& batch = *pass.batch;
-  Sequence sequence = make_sequence(batch);
-  std::tie(sequence.cos_BLK, sequence.sin_BLK) = rope_tables(
-      config_.rope, config_.head_dim, config_.max_position_embeddings, batch.positions_BL);
   Carry carry{{embed_(batch.tokens_BL, pass)},
-              std::make_shared<const Sequence>(std::move(sequence))};
-  return run(input_, std::move(carry), pass);
+              std::make_shared<const Sequence>(make_sequence(batch))};
+  carry = run(input_, std::move(carry), pass);
+  auto sequence = std::make_shared<Sequence>(*carry.sequence);
+  std::tie(sequence->cos_BLK, sequence->sin_BLK) = rope_tables(
+      config_.rope, config_.head_dim, config_.max_position_embeddings, sequence->positions_BL);
+  carry.sequence = std::move(sequence);
+  return carry;
 }
 
 Carry Llama::head(const Carry& carry, const Pass& pass) const {
-  Tensor hidden_BLD = final_norm_(carry.h(), pass);
-  if (pass.want == Want::kLoss) return carry.with(loss(hidden_BLD, carry, pass));
-  hidden_BLD = hidden_BLD.slice(
-      1, pass.want == Want::kLastLogits ? hidden_BLD.size(1) - 1 : carry.sequence->label_offset);
+  Tensor hidden_BTD = final_norm_(at_tokens(carry), pass);
+  if (pass.want == Want::kLoss) return carry.with(loss(hidden_BTD, carry, pass));
+  if (pass.want == Want::kLastLogits) hidden_BTD = hidden_BTD.slice(1, hidden_BTD.size(1) - 1);
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
   const FrozenLinearOp base(table, head_.bias);
-  return carry.with(run(logits_, run(head_.slot, base, hidden_BLD, pass), pass));
+  return carry.with(run(logits_, run(head_.slot, base, hidden_BTD, pass), pass));
 }
 
 /// Summed over the lane's targets. Positions without a label never reach the head.
-Tensor Llama::loss(const Tensor& hidden_BLD, const Carry& carry, const Pass& pass) const {
-  const Tensor hidden_ND = hidden_BLD.slice(1, carry.sequence->label_offset).flatten(0, 1);
+Tensor Llama::loss(const Tensor& hidden_BTD, const Carry& carry, const Pass& pass) const {
+  const Tensor hidden_ND = hidden_BTD.flatten(0, 1);
   const Tensor labels_N = pass.batch->labels_BL.flatten();
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
   const bool plain = !pass.adapters || (head_.slot.empty() && logits_.empty());
@@ -231,6 +241,7 @@ void Llama::visit_slots(int stage, Visitor& visitor) {
     blocks_[static_cast<size_t>(stage) - 1].visit_slots(visitor);
   } else {
     visitor.slot("norm.final", final_norm_.slot);
+    visit_gain(visitor, "final_norm", final_norm_);
     visitor.slot(head_.info, head_.slot);
     visitor.slot("logits", logits_);
     visitor.slot("loss", loss_);

@@ -86,7 +86,7 @@ class Llama : public Model {
  private:
   Carry embed(const Pass& pass) const;
   Carry head(const Carry& carry, const Pass& pass) const;
-  Tensor loss(const Tensor& hidden_BLD, const Carry& carry, const Pass& pass) const;
+  Tensor loss(const Tensor& hidden_BTD, const Carry& carry, const Pass& pass) const;
 
   LlamaConfig config_;
   Embedding embed_;

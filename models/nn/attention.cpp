@@ -71,6 +71,7 @@ Tensor one_document(const Tensor& q, const Tensor& k, const Tensor& v, int64_t w
 /// gradients (cat, stack).
 Tensor by_document(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence& sequence,
                    int64_t window) {
+  const int64_t prefix = k.size(2) - q.size(2);
   const auto q_rows = q.unbind(0), k_rows = k.unbind(0), v_rows = v.unbind(0);
   std::vector<Tensor> rows;
   auto document = sequence.documents.begin();
@@ -88,13 +89,16 @@ Tensor by_document(const Tensor& q, const Tensor& k, const Tensor& v, const Sequ
     }
     extend(q.size(2), false);
     const auto i = static_cast<size_t>(row);
-    const auto qs = q_rows[i].split_with_sizes(sizes, 1), ks = k_rows[i].split_with_sizes(sizes, 1),
-               vs = v_rows[i].split_with_sizes(sizes, 1);
+    const auto qs = q_rows[i].split_with_sizes(sizes, 1);
+    sizes.insert(sizes.begin(), prefix);
+    const auto ks = k_rows[i].split_with_sizes(sizes, 1), vs = v_rows[i].split_with_sizes(sizes, 1);
+    const auto own = [&](const std::vector<Tensor>& pieces, size_t s) {
+      return (prefix == 0 ? pieces[s + 1] : at::cat({pieces[0], pieces[s + 1]}, 1)).unsqueeze(0);
+    };
     std::vector<Tensor> parts;
-    for (size_t s = 0; s < sizes.size(); ++s) {
+    for (size_t s = 0; s < qs.size(); ++s) {
       parts.push_back(
-          real[s] ? one_document(qs[s].unsqueeze(0), ks[s].unsqueeze(0), vs[s].unsqueeze(0), window)
-                        .squeeze(0)
+          real[s] ? one_document(qs[s].unsqueeze(0), own(ks, s), own(vs, s), window).squeeze(0)
                   : at::zeros_like(qs[s]));
     }
     rows.push_back(parts.size() == 1 ? parts.front() : at::cat(parts, 1));
@@ -120,6 +124,7 @@ Tensor by_mask(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
   if (window > 0) visible = visible.logical_and(distance.lt(window));
   visible =
       visible.logical_or(at::eye(length).to(at::kBool));  // padding sees itself: no empty softmax
+  visible = at::cat({at::ones({q.size(0), length, k.size(2) - length}, at::kBool), visible}, 2);
   const Tensor real = number.ge(0).to(q.device()).unsqueeze(1).unsqueeze(3);
   return at::scaled_dot_product_attention(q, k, v, visible.unsqueeze(1).to(q.device())) * real;
 }
@@ -129,11 +134,10 @@ Tensor by_mask(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
 Tensor causal_attention(const Tensor& q_BHLK, const Tensor& k, const Tensor& v,
                         const Sequence& sequence, int64_t window) {
   const Tensor keys = repeat_heads(k, q_BHLK.size(1)), values = repeat_heads(v, q_BHLK.size(1));
-  if (sequence.whole_rows || k.size(2) != q_BHLK.size(2)) {
-    return one_document(q_BHLK, keys, values, window);
-  }
-  return q_BHLK.is_cuda() ? by_mask(q_BHLK, keys, values, sequence, window)
-                          : by_document(q_BHLK, keys, values, sequence, window);
+  if (sequence.whole_rows) return one_document(q_BHLK, keys, values, window);
+  const bool clipped_prefix = window > 0 && k.size(2) > q_BHLK.size(2);
+  return q_BHLK.is_cuda() && !clipped_prefix ? by_mask(q_BHLK, keys, values, sequence, window)
+                                             : by_document(q_BHLK, keys, values, sequence, window);
 }
 
 }  // namespace graft::models

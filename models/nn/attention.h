@@ -11,7 +11,8 @@ namespace graft::models {
 /// queries)
 /// @param window  a query sees the newest `window` keys; 0: all
 /// @return        [B, H, L, K]; zero at padding
-/// With L' > L (a key/value cache) the queries are the last L positions of one unpadded document.
+/// With L' > L the first L' - L keys stand in front of every document (a prefix, or what a
+/// key/value cache holds of the only one).
 Tensor causal_attention(const Tensor& q_BHLK, const Tensor& k, const Tensor& v,
                         const Sequence& sequence, int64_t window);
 

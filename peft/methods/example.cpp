@@ -20,7 +20,6 @@ struct ExampleConfig {
   double initial_factor = 1;
 
   void fields(configs::Fields& f) {
-    targets.fields(f);
     f("initial_factor", initial_factor, f.positive(),
       "the factors' first value; 1 leaves the model as it is");
   }
@@ -29,6 +28,8 @@ struct ExampleConfig {
 // 2. What happens at one slot. Parameters are float32 leaves of their own; nothing else is trained.
 class ExampleLinear : public models::LinearAdapter {
  public:
+  static constexpr bool kAdaptsEmbeddings = true;
+
   ExampleLinear(const ExampleConfig& c, const LinearSite& site, kernels::Key /*random*/,
                 at::Device device)
       : info_(site.info) {

@@ -18,12 +18,12 @@ struct Inputs {
   std::vector<Tensor> q_k_v;
   Tensor dy;
 
-  Inputs(int64_t rows, int64_t length, at::ScalarType type) {
-    const auto make = [&](const char* name, int64_t heads) {
-      return testing::fill(name, {rows, heads, length, 16}, 2.0).to(type);
+  Inputs(int64_t rows, int64_t length, at::ScalarType type, int64_t prefix = 0) {
+    const auto make = [&](const char* name, int64_t heads, int64_t positions) {
+      return testing::fill(name, {rows, heads, positions, 16}, 2.0).to(type);
     };
-    q_k_v = {make("q", 4), make("k", 2), make("v", 2)};
-    dy = make("dy", 4);
+    q_k_v = {make("q", 4, length), make("k", 2, prefix + length), make("v", 2, prefix + length)};
+    dy = make("dy", 4, length);
     for (Tensor& t : q_k_v) t.requires_grad_();
   }
 };
@@ -42,9 +42,13 @@ std::vector<Tensor> formula(const Inputs& inputs, const Sequence& sequence, int6
   std::vector<Tensor> rows;
   for (int64_t row = 0; row < q.size(0); ++row) rows.push_back(at::zeros_like(q[row]));
   for (const Document& d : sequence.documents) {
-    const auto part = [&](const Tensor& t) { return t[d.row].slice(1, d.begin, d.end); };
-    const Tensor at = at::arange(d.end - d.begin);
-    const Tensor distance = at.unsqueeze(1) - at;
+    const int64_t prefix = k.size(2) - q.size(2), size = d.end - d.begin;
+    const auto part = [&](const Tensor& t) {
+      const Tensor own = t[d.row].slice(1, t.size(2) - q.size(2)).slice(1, d.begin, d.end);
+      return at::cat({t[d.row].slice(1, 0, t.size(2) - q.size(2)), own}, 1);
+    };
+    const Tensor distance =
+        at::arange(prefix, prefix + size).unsqueeze(1) - at::arange(prefix + size);
     const Tensor hidden = distance.lt(0).logical_or(distance.ge(window > 0 ? window : 1 << 30));
     const Tensor scores = at::matmul(part(q), part(k).transpose(1, 2)) / std::sqrt(16.0);
     const Tensor y = at::matmul(
@@ -63,8 +67,9 @@ struct Case {
 
 class Attention : public ::testing::TestWithParam<Case> {
  protected:
-  void expect_formula(int64_t rows, int64_t length, const Sequence& sequence, int64_t window) {
-    const Inputs inputs(rows, length, GetParam().type);
+  void expect_formula(int64_t rows, int64_t length, const Sequence& sequence, int64_t window,
+                      int64_t prefix = 0) {
+    const Inputs inputs(rows, length, GetParam().type, prefix);
     const auto& [q, k, v] = std::tie(inputs.q_k_v[0], inputs.q_k_v[1], inputs.q_k_v[2]);
     const auto actual = with_gradients(causal_attention(q, k, v, sequence, window), inputs);
     const auto expected = formula(inputs, sequence, window);
@@ -75,8 +80,8 @@ class Attention : public ::testing::TestWithParam<Case> {
   }
 };
 
-const Sequence kWhole{{{0, 0, 70}, {1, 0, 70}}, true, 0, {}, {}};
-const Sequence kPacked{{{0, 0, 30}, {0, 30, 31}, {0, 35, 70}, {1, 5, 60}}, false, 0, {}, {}};
+const Sequence kWhole{{{0, 0, 70}, {1, 0, 70}}, true, {}, {}, {}, {}};
+const Sequence kPacked{{{0, 0, 30}, {0, 30, 31}, {0, 35, 70}, {1, 5, 60}}, false, {}, {}, {}, {}};
 
 TEST_P(Attention, OfWholeRowsIsTheFormula) { expect_formula(2, 70, kWhole, 0); }
 TEST_P(Attention, OfPackedDocumentsIsTheFormulaOfEach) { expect_formula(2, 70, kPacked, 0); }
@@ -85,11 +90,17 @@ TEST_P(Attention, SeesNoFartherThanItsWindow) {
   expect_formula(2, 70, kPacked, 9);
 }
 
+TEST_P(Attention, APrefixStandsInFrontOfEveryDocument) {
+  expect_formula(2, 70, kWhole, 0, 6);
+  expect_formula(2, 70, kPacked, 0, 6);
+  expect_formula(2, 70, kPacked, 9, 6);
+}
+
 TEST_P(Attention, OfTheLastPositionsEqualsThatOfAll) {
   const c10::InferenceMode no_gradients;
   const Inputs inputs(1, 70, GetParam().type);
   const auto& [q, k, v] = std::tie(inputs.q_k_v[0], inputs.q_k_v[1], inputs.q_k_v[2]);
-  const Sequence one{{{0, 0, 70}}, true, 0, {}, {}};
+  const Sequence one{{{0, 0, 70}}, true, {}, {}, {}, {}};
   const Tensor all = causal_attention(q, k, v, one, 0);
   for (const int64_t length : {1, 3}) {
     const Tensor last = causal_attention(q.slice(2, 70 - length), k, v, one, 0);

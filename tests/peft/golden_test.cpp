@@ -67,17 +67,22 @@ class GoldenAdapter : public testing::TestWithParam<const char*> {
 TEST_P(GoldenAdapter, TrainedFromItsFilesHasPeftsLossAndGradients) {
   tiny.attach("", nullptr, folder.path());
   tiny.load(unquantised());
+  tiny.training = false;  // as PEFT was
   const auto [loss, gradients] = tiny.sweep({{golden_batch(), 0}}, 1);
   EXPECT_NEAR(loss, adapter["loss"].get<double>(), kTolerance);
   expect_logits(tiny, adapter);
   const auto& expected = adapter["grad_l2norm_and_first2"];
-  ASSERT_EQ(tiny.params().size(), expected.size());
+  if (expected.is_null()) return;  // of prompts the golden has none
+  size_t found = 0;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const std::string& key = tiny.params()[i].hf_key;
+    if (key == "base_model.vblora_vector_bank") continue;  // the golden has no gradient of it
+    ++found;
     ASSERT_TRUE(expected.contains(key)) << key;
     expect_near(at::cat({gradients[i].norm().reshape({1}), gradients[i].flatten().slice(0, 0, 2)}),
                 expected[key], key);
   }
+  EXPECT_EQ(found, expected.size());
 }
 
 TEST_P(GoldenAdapter, FrozenUnderTheRunItHasPeftsLogits) {
@@ -89,14 +94,17 @@ TEST_P(GoldenAdapter, FrozenUnderTheRunItHasPeftsLogits) {
 
 INSTANTIATE_TEST_SUITE_P(Peft, GoldenAdapter,
                          testing::Values("LORA_all_linear", "LORA_rslora", "LORA_modules_to_save",
-                                         "LORA_embed", "LORA_rank_pattern"),
+                                         "LORA_embed", "LORA_rank_pattern", "LORA_dora",
+                                         "LORA_bias", "ADALORA", "BOFT", "DELORA", "HRA", "IA3",
+                                         "OFT_exact", "OFT_neumann", "PVERA", "RANDLORA", "ROAD",
+                                         "VBLORA", "VERA", "C3A", "FOURIERFT", "GRALORA", "HIRA",
+                                         "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
+                                         "LOHA", "LOKR", "LOKR_both", "MISS", "MISS_bat"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(GoldenAdapters, WhatIsNotSupportedIsRefusedByName) {
   const nlohmann::json adapters = golden("peft_adapters.json")["adapters"];
   const std::map<std::string, std::string> refusals = {
-      {"LORA_dora", "use_dora = true"},
-      {"LORA_bias", "lora_bias = true"},
       {"LORA_trainable_tokens", "trainable_token_indices = [11,48]"}};
   std::set<std::string> known;
   for (const auto& entry : methods().entries()) known.insert(entry.make()->peft_type());
@@ -231,6 +239,7 @@ INSTANTIATE_TEST_SUITE_P(
     Lora, PeftFiles,
     testing::Values(
         FileCase{"plain", "{r: 4, target_modules: all-linear}"},
+        FileCase{"lora_bias", "{r: 4, target_modules: q_proj, lora_bias: true}"},
         FileCase{"rslora", "{r: 4, target_modules: q_proj, use_rslora: true}"},
         FileCase{"rankpat",
                  "{r: 4, target_modules: [q_proj, v_proj], rank_pattern: {v_proj: 6},"

@@ -97,15 +97,15 @@ TEST_F(Directories, HalfPrecisionBecomesFloat) {
 
 TEST_F(Directories, AnUnknownTypeIsNamed) {
   saved.config["peft_type"] = "NO_SUCH";
-  expect_start_refused("peft_type 'NO_SUCH' is not supported; known: LORA");
+  expect_start_refused("peft_type 'NO_SUCH' is not supported; known: ");
   saved.config.erase("peft_type");
   expect_start_refused("peft_type '' is not supported");
 }
 
 TEST_F(Directories, AnEntryThatChangesTheMathematicsIsNamed) {
-  saved.config["use_dora"] = true;
-  expect_start_refused("use_dora = true");
-  saved.config["use_dora"] = false;
+  saved.config["use_qalora"] = true;
+  expect_start_refused("use_qalora = true");
+  saved.config["use_qalora"] = false;
   saved.config["an_entry_of_tomorrow"] = 3;
   expect_start_refused("an_entry_of_tomorrow = 3");
 }
@@ -151,7 +151,7 @@ TEST_F(Directories, AValueOfTheWrongTypeIsRefused) {
 
 TEST_F(Directories, ANumberNoAdapterHasIsRefusedOrComputedWith) {
   saved.config["lora_alpha"] = 1e308;
-  expect_start_refused("lora_alpha = 1.0e+308, expected number");
+  expect_start_refused("lora_alpha: expected a number greater than 0");
   saved.config["lora_alpha"] = 1e-310;
   Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
   Tiny faint("llama");
@@ -228,7 +228,33 @@ TEST_F(Directories, WhatOnlyGraftKnowsIsInTheMetadataOfTheTensors) {
   EXPECT_FALSE(saved.config.contains("graft"));
   EXPECT_EQ(saved.metadata.at("format"), "pt");
   EXPECT_EQ(nlohmann::json::parse(saved.metadata.at("graft")),
-            (nlohmann::json{{"method", "lora"}, {"base_fingerprint", "print"}}));
+            (nlohmann::json{{"method", "lora"},
+                            {"base_fingerprint", "print"},
+                            {"loraplus_lr_ratio", 1.0},
+                            {"lora_fa", false}}));
+}
+
+TEST(Lora, OptionsThatPeftHasNotComeBackFromTheFile) {
+  const TestFolder folder;
+  Tiny first("llama"), second("llama");
+  std::shared_ptr<Method> lora = methods().make("lora");
+  read_fields(*lora, "{loraplus_lr_ratio: 16, lora_fa: true}");
+  first.attach("lora", lora);
+  first.load();
+  first.save(folder.path());
+  const Peft::Saved written = first.adapters.save(0, {"base", "CAUSAL_LM", "print"});
+  models::io::write_safetensors(folder.path() + "/adapter_model.safetensors", written.tensors,
+                                written.metadata);
+  second.attach("", nullptr, folder.path());
+  second.load();
+  ASSERT_EQ(second.params().size(), first.params().size());
+  for (const Param& p : second.params()) {
+    EXPECT_TRUE(p.name.ends_with("lora_b")) << p.name;
+    EXPECT_EQ(p.learning_rate_factor, 16);
+  }
+  const auto& constants = second.adapters.params().constants();
+  ASSERT_EQ(constants.size(), second.params().size());
+  EXPECT_TRUE(at::equal(constants[0].value, first.adapters.params().constants()[0].value));
 }
 
 TEST(Methods, MoreThanSixtyFourAreRefused) {

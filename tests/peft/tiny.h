@@ -150,6 +150,7 @@ class Tiny : BaseWeights {
     models::TrunkOptions options;
     options.random = kernels::derive({7, 1}, optimizer->num_steps());
     options.lowest_trained = adapters.params().lowest_stage();
+    options.training = training;
     trunk->sweep(lanes, sink, options);
     Tensor sums = at::zeros({num_lanes + 1}, at::kDouble);  // each lane's loss, then the targets
     for (const models::Lane& lane : lanes) {
@@ -160,7 +161,7 @@ class Tiny : BaseWeights {
     const double targets = sums[num_lanes].item<double>();
     sink.reduce(*comm_, targets);
     Result result{sums.slice(0, 0, num_lanes).sum().item<double>() / targets, {}};
-    for (const Tensor& g : sink.of()) result.gradients.push_back(g.clone());
+    for (const Tensor& g : sink.of()) result.gradients.push_back(g);
     return result;
   }
   /// One optimiser step; returns the loss before it.
@@ -216,6 +217,7 @@ class Tiny : BaseWeights {
   std::unique_ptr<dist::BlockStore> store;
   std::unique_ptr<models::Trunk> trunk;
   std::unique_ptr<launcher::AdamW> optimizer;
+  bool training = true;  ///< in sweep(): dropout and its like
 };
 
 }  // namespace graft::peft

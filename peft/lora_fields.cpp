@@ -1,0 +1,76 @@
+#include "peft/lora_fields.h"
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+
+#include "configs/check.h"
+#include "kernels/random/random.h"
+#include "peft/draws.h"
+
+namespace graft::peft {
+
+void LoraFields::fields(configs::Fields& f) {
+  const configs::Bound alpha = f.positive().at_most(1e30);  // alpha / r is a float32
+  f("r", r, f.range(1, 4096), "rank, the inner size");
+  f("lora_alpha", lora_alpha, alpha, "the output is scaled by lora_alpha / r");
+  f("lora_dropout", lora_dropout, f.at_least(0).below(1), "probability, on the adapter's input");
+  f("use_rslora", use_rslora, "scale by lora_alpha / sqrt(r) instead");
+  f("rank_pattern", rank_pattern, f.range(1, 4096), "other ranks by slot, suffix or glob");
+  f("alpha_pattern", alpha_pattern, alpha, "other lora_alpha by slot, suffix or glob");
+  f("init_lora_weights", init_lora_weights, f.one_of({"true", "gaussian", "orthogonal", "false"}),
+    "true: A Kaiming-uniform, B zero; gaussian: A normal; the others do not start as the base");
+  f("loraplus_lr_ratio", loraplus_lr_ratio, f.positive(),
+    "LoRA+: the learning rate of B over that of A");
+}
+
+double LoraFields::learning_rate_factor(std::string_view leaf) const {
+  return leaf == "lora_b" || leaf == "lora_bias" || leaf == "magnitude" ? loraplus_lr_ratio : 1;
+}
+
+double LoraFields::scale(const LinearSite& site) const {
+  const double alpha = pattern_value(alpha_pattern, site, lora_alpha);
+  return alpha / (use_rslora ? std::sqrt(rank(site)) : rank(site));
+}
+
+std::pair<Tensor, Tensor> LoraFields::start(const LinearSite& site, kernels::Key key,
+                                            at::Device device) const {
+  const int64_t r = rank(site), in = site.info.in, out = site.info.out;
+  if (init_lora_weights == "orthogonal") {  // rows of one orthogonal matrix: B A = 0
+    GRAFT_CHECK(r % 2 == 0, "init_lora_weights: orthogonal needs an even rank, and ", site.name,
+                " has ", r);
+    const Tensor q = std::get<0>(at::linalg_qr(draw_normal({r, r}, 1, key, at::kCPU))).to(device);
+    const auto part = [&](int64_t rows, int number) {
+      return draw_normal({rows, r / 2}, 0.1, kernels::derive(key, number), device);
+    };
+    return {part(in, 1).mm(q.slice(0, 0, r, 2)).t().contiguous(),
+            part(out, 2).mm(q.slice(0, 1, r, 2))};
+  }
+  const Tensor a = init_lora_weights == "gaussian"
+                       ? draw_normal({r, in}, 1 / static_cast<double>(r), key, device)
+                       : draw_kaiming({r, in}, key, device);
+  if (init_lora_weights == "false")
+    return {a, draw_kaiming({out, r}, kernels::derive(key, 1), device)};
+  return {a, at::zeros({out, r}, a.options())};
+}
+
+PeftForm LoraFields::peft_form() {
+  return {.type = "LORA",
+          .bias_only = "lora_only",
+          .inert = {"loftq_config", "eva_config", "corda_config", "lora_ga_config",
+                    "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"},
+          .ours = {"loraplus_lr_ratio", "lora_fa"}};
+}
+
+SavedAdapter LoraFields::with_known_start(SavedAdapter adapter) {
+  const auto found = adapter.config.find("init_lora_weights");
+  if (found == adapter.config.end()) return adapter;
+  GRAFT_CHECK(found->is_null() || found->is_boolean() || *found == "gaussian" || *found == "eva" ||
+                  *found == "orthogonal",
+              ExitCode::kData, "adapter_config.json: init_lora_weights = ", found->dump(),
+              " changes the base and is not supported; convert the adapter to plain LoRA");
+  if (*found == "eva") *found = true;  // of the data, and A is in the file
+  return adapter;
+}
+
+}  // namespace graft::peft

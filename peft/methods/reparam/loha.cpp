@@ -1,0 +1,90 @@
+// LoHa: y = W x + s ((A1 B1) o (A2 B2)) x, s = alpha / r.
+//   Hadamard product of two low-rank matrices: FedPara, Hyeon-Woo, Ye-Bin and Oh 2021,
+//   arXiv:2108.06098, prop. 1; as an adapter: LyCORIS, Yeh et al. 2023, arXiv:2309.14859, sec. 3.2
+// Trains A1, A2 [out, r] and B1, B2 [r, in]: a rank of up to r^2. Init: A1, B1, A2 Kaiming-uniform
+// (a = sqrt 5), B2 zero, so the model is unchanged at step 0 (LyCORIS draws normal numbers and has
+// A2 = 0). Mergeable. Fields and files are those of HF PEFT's LoHaConfig; its rank_dropout and
+// module_dropout are not applied.
+#include <ATen/ATen.h>
+
+#include "kernels/lowrank/lowrank.h"
+#include "peft/draws.h"
+#include "peft/linear_method.h"
+
+namespace graft::peft {
+namespace {
+
+struct LohaConfig {
+  Targets targets;
+  int r = 8;
+  double alpha = 8;
+  bool init_weights = true;
+  std::map<std::string, int> rank_pattern;
+  std::map<std::string, double> alpha_pattern;
+
+  void fields(configs::Fields& f) {
+    f("r", r, f.range(1, 4096), "rank of each of the two products");
+    f("alpha", alpha, f.positive().at_most(1e30), "the output is scaled by alpha / r");
+    f("init_weights", init_weights, "false: B2 starts at random too, not as the base");
+    f("rank_pattern", rank_pattern, f.range(1, 4096), "other ranks by slot, suffix or glob");
+    f("alpha_pattern", alpha_pattern, f.positive().at_most(1e30),
+      "other alpha by slot, suffix or glob");
+  }
+  static PeftForm peft_form() {
+    return {.type = "LOHA", .inert = {"rank_dropout", "module_dropout", "use_effective_conv2d"}};
+  }
+  bool starts_as_base() const { return init_weights; }
+};
+
+class LohaLinear : public models::LinearAdapter {
+ public:
+  LohaLinear(const LohaConfig& c, const LinearSite& site, kernels::Key random, at::Device device) {
+    const int64_t r = pattern_value(c.rank_pattern, site, c.r);
+    scale_ = pattern_value(c.alpha_pattern, site, c.alpha) / static_cast<double>(r);
+    const auto draw = [&](const char* name, int64_t rows, int64_t columns, int number) {
+      return register_parameter(
+          name, draw_kaiming({rows, columns}, kernels::derive(random, number), device));
+    };
+    a1_ = draw("hada_w1_a", site.info.out, r, 1);
+    b1_ = draw("hada_w1_b", r, site.info.in, 2);
+    a2_ = draw("hada_w2_a", site.info.out, r, 3);
+    b2_ = draw("hada_w2_b", r, site.info.in, 4);
+    const at::NoGradGuard no_grad;
+    if (c.init_weights) b2_.zero_();
+  }
+  static std::vector<Leaf> leaves() {
+    return {{"hada_w1_a", "hada_w1_a"},
+            {"hada_w1_b", "hada_w1_b"},
+            {"hada_w2_a", "hada_w2_a"},
+            {"hada_w2_b", "hada_w2_b"}};
+  }
+  /// The update is a LoRA of r^2 columns, a1_p o a2_q times b1_p o b2_q; where those are more
+  /// numbers than the matrix has, the matrix itself.
+  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
+    const int64_t r = b1_.size(0), in = b1_.size(1), out = a1_.size(0);
+    if (r * r * (in + out) > in * out) {
+      const Tensor y = base(x);
+      return y + at::linear(x, delta().to(x.scalar_type())).to(y.scalar_type());
+    }
+    const Tensor a = (b1_.unsqueeze(1) * b2_.unsqueeze(0)).reshape({r * r, in});
+    const Tensor b = (a1_.unsqueeze(2) * a2_.unsqueeze(1)).reshape({out, r * r});
+    return kernels::lowrank_add(base(x), x, a, b, scale_);
+  }
+  bool mergeable() const override { return true; }
+  Tensor merged(const Tensor& w) const override { return w + delta().to(w.scalar_type()); }
+
+ private:
+  Tensor delta() const { return a1_.mm(b1_) * a2_.mm(b2_) * scale_; }
+
+  double scale_;
+  Tensor a1_, b1_, a2_, b2_;
+};
+
+}  // namespace
+
+void register_loha(MethodRegistry& registry, const MethodFacts& facts) {
+  registry.add({facts.name, facts.summary,
+                [] { return std::make_unique<LinearMethod<LohaConfig, LohaLinear>>(); }});
+}
+
+}  // namespace graft::peft
