@@ -1,13 +1,13 @@
 #include "data/trial.h"
 
 #include <fcntl.h>
-#include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
@@ -17,7 +17,7 @@
 namespace graft::data {
 namespace {
 
-constexpr unsigned kMaxWaiting_s = 600;  // for the disk: only a bug of ours would wait longer
+constexpr unsigned kMaxWaitingSeconds = 600;  // for the disk: only a bug of ours would wait longer
 
 /// The child's death is an answer, not an event: no core, no message, no handler of the parent's.
 void die_quietly(rlim_t max_computing_s) {
@@ -26,7 +26,7 @@ void die_quietly(rlim_t max_computing_s) {
   ::setrlimit(RLIMIT_CPU, &computing);
   for (const int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGXCPU, SIGALRM})
     ::signal(number, SIG_DFL);
-  ::alarm(kMaxWaiting_s);
+  ::alarm(kMaxWaitingSeconds);
   ::dup2(::open("/dev/null", O_WRONLY | O_CLOEXEC), STDERR_FILENO);
   ::setrlimit(RLIMIT_NOFILE, &none);  // nor the report of a sanitizer
 }
@@ -74,7 +74,7 @@ std::string in_trial(unsigned max_computing_s, const std::function<std::string()
     be_the_child(ends[1], work);
   }
   ::close(ends[1]);
-  const std::string result = receive_all(ends[0]);
+  std::string result = receive_all(ends[0]);
   ::close(ends[0]);
   int status = 0;
   while (::waitpid(child, &status, 0) < 0)

@@ -71,7 +71,8 @@ def test_inspect_checkpoint_verifies_the_manifest(model, tmp_path):
     assert (found["kind"], found["step"], found["world"], found["adapter"]["r"]) == ("checkpoint", 2, 1, 4)
     adapter = facts("inspect", tmp_path / "run/adapter")
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert adapter["graft"] == {"method": "lora", "base_fingerprint": record["base_fingerprint"]}
+    assert adapter["graft"] == {"method": "lora", "base_fingerprint": record["base_fingerprint"],
+                                "lora_fa": False, "loraplus_lr_ratio": 1.0}  # what PEFT's config does not know
     assert adapter["zero_products"] == 0
     config_file = checkpoint / "config.yaml"
     config_file.write_bytes(config_file.read_bytes()[:-2] + b"!\n")
