@@ -5,23 +5,12 @@
 #include <mutex>
 #include <set>
 
+#include "tests/peft/all_methods.h"
 #include "tests/peft/tiny.h"
 
 namespace graft::peft {
 
-void register_example(MethodRegistry& registry,
-                      const MethodFacts& facts);  // peft/methods/example.cpp
-
 namespace {
-
-const MethodRegistry& registry() {
-  static const MethodRegistry all = [] {
-    MethodRegistry r = methods();
-    register_example(r, {"example", "reparam", "arXiv:2205.05638", "y = l * (W x + b)"});
-    return r;
-  }();
-  return all;
-}
 
 struct Case {
   std::string method, model, options;
@@ -123,24 +112,6 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"vera", "{target_modules: all-linear, r: 64, vera_dropout: 0.25}"},
     {"vera", "{save_projection: false, projection_prng_key: 5}"},
 };
-
-/// Options of the run with defaults: only what does not fit models this small (randlora's update is
-/// some 10 times their weights).
-std::string defaults(const std::string& method) {
-  static const std::map<std::string, std::string> fitted = {
-      {"c3a", "{target_modules: all-linear}"},  // moves by 1 / in of a value
-      {"fourierft", "{n_frequency: 300}"},
-      {"miss", "{r: 16}"},
-      {"p_tuning", "{num_virtual_tokens: 3, encoder_hidden_size: 24}"},  // fewer kinks of ReLU
-      {"psoft", "{r: 8}"},
-      {"randlora", "{randlora_alpha: 8}"},
-      {"road", "{group_size: 16}"},
-      {"shira", "{r: 8}"},
-      {"vblora", "{vector_length: 16, num_vectors: 6, init_logits_std: 1}"},
-      {"waveft", "{n_frequency: 300, scaling: 4}"},
-  };
-  return fitted.contains(method) ? fitted.at(method) : "{}";
-}
 
 std::vector<Case> cases() {
   std::vector<Case> all;

@@ -4,26 +4,15 @@
 #include <ATen/Context.h>
 
 #include "launcher/workbench.h"
+#include "tests/peft/all_methods.h"
 #include "tests/peft/tiny.h"
 
 namespace graft::peft {
 
-void register_example(MethodRegistry& registry,
-                      const MethodFacts& facts);  // peft/methods/example.cpp
-
 namespace {
 
-const MethodRegistry& registry() {
-  static const MethodRegistry all = [] {
-    MethodRegistry r = methods();
-    register_example(r, {"example", "reparam", "arXiv:2205.05638", "y = l * (W x + b)"});
-    return r;
-  }();
-  return all;
-}
-
 struct Case {
-  std::string method, model, options = "{}";
+  std::string method, model, options;
 };
 void PrintTo(const Case& c, std::ostream* out) {
   *out << c.method << " on " << c.model << " " << c.options;
@@ -32,7 +21,8 @@ void PrintTo(const Case& c, std::ostream* out) {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const char* model : {"llama", "mistral", "qwen2", "qwen3"}) {
-    for (const std::string& method : registry().names()) all.push_back({method, model});
+    for (const std::string& method : registry().names())
+      all.push_back({method, model, defaults(method)});
     all.push_back({"lora", model,
                    "{target_modules: [all-linear, embed], lora_dropout: 0.25, bias: all,"
                    " modules_to_save: head}"});
@@ -180,7 +170,8 @@ TEST_P(CudaContract, Bfloat16IsAsNearToFloat32AsOnTheCpu) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Methods, CudaContract, testing::ValuesIn(cases()), [](const auto& info) {
-  return info.param.method + (info.param.options == "{}" ? "" : "2") + "_" + info.param.model;
+  const bool is_default = info.param.options == defaults(info.param.method);
+  return info.param.method + (is_default ? "" : "2") + "_" + info.param.model;
 });
 
 }  // namespace
