@@ -201,8 +201,10 @@ std::string dry_run(Run& run, const World& world) {
          std::to_string(config.num_lanes) + " x " + std::to_string(rows) + " x " +
          std::to_string(run.data.max_length) + " tokens, " +
          std::to_string(schedule_of(run, loader).max_steps) + " steps\nmemory   " +
-         bytes_text(lane) + " a micro-batch under way, " + bytes_text(free_memory_bytes(world)) +
-         " free a rank" + samples_text(run, loader, config.first_lane);
+         bytes_text(lane) + " a micro-batch under way, " +
+         bytes_text(step_rule_of(run.train, parts.adapters->params())->state_bytes()) + " " +
+         run.train.optim + ", " + bytes_text(free_memory_bytes(world)) + " free a rank" +
+         samples_text(run, loader, config.first_lane);
 }
 
 }  // namespace graft::launcher

@@ -1,6 +1,8 @@
 // The fields of each section, in the order of the file, with the rules that tie them together.
 #include "launcher/run_config.h"
 
+#include "launcher/optim/rules.h"
+
 namespace graft::launcher {
 
 void ModelConfig::fields(Fields& f) {
@@ -47,7 +49,13 @@ void TrainConfig::fields(Fields& f) {
   f("warmup_ratio", warmup_ratio, f.range(0, 1), "share of the steps that warm up");
   f("weight_decay", weight_decay, f.at_least(0), "decoupled weight decay");
   f("max_grad_norm", max_grad_norm, f.at_least(0), "gradients are clipped to this norm; 0: never");
-  f("optim", optim, f.one_of({"adamw"}), "optimiser");
+  f("optim", optim, f.one_of(step_rule_names()),
+    "optimiser; paged: its state in the host's memory, 8bit: in a quarter of it");
+  f("adam_beta1", adam_beta1, f.range(0, 1).below(1),
+    "of the first moment; of lion: what its sign is taken of");
+  f("adam_beta2", adam_beta2, f.range(0, 1).below(1),
+    "of the second moment; of lion: of its only one (the paper's is 0.99)");
+  f("adam_epsilon", adam_epsilon, f.at_least(0), "added to the root of the second moment");
   f("gradient_checkpointing", gradient_checkpointing, "recompute: time for memory");
   f("seed", seed, f.at_least(0), "of everything random");
 }

@@ -51,6 +51,9 @@ struct TrainConfig {
   double weight_decay = 0.0;
   double max_grad_norm = 1.0;
   std::string optim = "adamw";
+  double adam_beta1 = 0.9;
+  double adam_beta2 = 0.999;
+  double adam_epsilon = 1e-8;
   bool gradient_checkpointing = false;
   int64_t seed = 42;
 

@@ -109,8 +109,9 @@ std::string banner(const Workbench& bench, Trainer& trainer, const Run& run) {
          "data     " + counted(loader.num_documents(), "document") + ", " +
          std::to_string(loader.num_cut_documents()) + " longer than data.max_length (cut)\n" +
          "step     " + step + ", " + counted(trainer.max_steps(), "step") + " from " +
-         std::to_string(trainer.state().step) + "\n" + "ranks    " + std::to_string(ranks) +
-         " on " + counted(bench.world.topology.num_nodes, "node") + ", " +
+         std::to_string(trainer.state().step) + "\n" + "optim    " + run.train.optim + ", " +
+         bytes_text(trainer.optimizer().state_bytes()) + " of state a rank\n" + "ranks    " +
+         std::to_string(ranks) + " on " + counted(bench.world.topology.num_nodes, "node") + ", " +
          device_text(bench.world) + " each, " + dtype_text(bench.dtype);
 }
 

@@ -11,6 +11,7 @@
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "kernels/adamw/adamw.h"
 #include "launcher/inputs.h"
 #include "launcher/plan/memory.h"
 #include "launcher/progress.h"
@@ -45,6 +46,12 @@ int64_t lanes_per_gather_of(const Run& run, const Workbench& bench, models::Reco
 }
 
 }  // namespace
+
+std::unique_ptr<StepRule> step_rule_of(const TrainConfig& train, const peft::ParamSet& params) {
+  return make_step_rule(
+      train.optim, params,
+      {train.weight_decay, train.adam_beta1, train.adam_beta2, train.adam_epsilon});
+}
 
 data::LoaderConfig train_loader_config(const Run& run, const World& world) {
   data::LoaderConfig config;
@@ -123,7 +130,7 @@ Trainer::Trainer(Workbench& bench, const Run& run)
       inputs_(input_facts(run, loader_.corpus())),
       gradients_(bench.adapters->params(), bench.model->num_stages(), num_lanes_,
                  reduction_of(run.parallel.reduction, bench.world.device)),
-      optimizer_(bench.adapters->params(), run.train.weight_decay),
+      optimizer_(step_rule_of(run.train, bench.adapters->params())),
       schedule_(schedule_of(run, loader_)) {
   check_vocabulary(loader_.corpus(), bench.model->info());
   warn_of_size(run, bench.world, bench.model->info(), bench.dtype);
@@ -284,7 +291,7 @@ StepResult Trainer::update(const Sums& sums, std::span<const models::Lane> lanes
     const double limit = run_.train.max_grad_norm;
     if (limit > 0 && result.grad_norm > limit)
       gradients_.flat().mul_(limit / (result.grad_norm + 1e-6));
-    optimizer_.step(gradients_.of(), result.learning_rate);
+    optimizer_->step(gradients_.of(), result.learning_rate);
     bench_.adapters->after_step(info);
   }
   result.skipped = !usable;

@@ -9,7 +9,7 @@
 
 #include "data/loader.h"
 #include "launcher/gradients.h"
-#include "launcher/optim/adamw.h"
+#include "launcher/optim/rules.h"
 #include "launcher/optim/schedule.h"
 #include "launcher/workbench.h"
 
@@ -51,7 +51,7 @@ class Trainer {
   /// Lanes of this rank that share one gather of each block: parallel.lanes_per_gather.
   int64_t lanes_per_gather() const { return lanes_per_gather_; }
   TrainState& state() { return state_; }
-  AdamW& optimizer() { return optimizer_; }
+  StepRule& optimizer() { return *optimizer_; }
   data::Loader& loader() { return loader_; }
   /// Continues after `state`: the data position follows it.
   void restore(const TrainState& state);
@@ -77,7 +77,7 @@ class Trainer {
   data::Loader loader_;
   nlohmann::json inputs_;
   Gradients gradients_;
-  AdamW optimizer_;
+  std::unique_ptr<StepRule> optimizer_;
   Schedule schedule_;
   TrainState state_;
   int64_t first_step_ = 0, targets_ = 0;      ///< of this process: where it began, targets it met
@@ -86,6 +86,9 @@ class Trainer {
 
 /// How the files, rows and lanes of a run become a loader's configuration.
 data::LoaderConfig train_loader_config(const Run& run, const World& world);
+
+/// The optimiser of train.optim. Its state is allocated.
+std::unique_ptr<StepRule> step_rule_of(const TrainConfig& train, const peft::ParamSet& params);
 
 Schedule schedule_of(const Run& run, const data::Loader& loader);
 

@@ -21,6 +21,19 @@ void check_floats(const at::Tensor& tensor, const char* what) {
 
 }  // namespace
 
+AdamWStep adamw_step(const AdamWConfig& config, int64_t step) {
+  GRAFT_CHECK(step >= 1, "adamw counts steps from 1, got ", step);
+  const double correction1 = 1 - std::pow(config.beta1, static_cast<double>(step));
+  const double correction2 = 1 - std::pow(config.beta2, static_cast<double>(step));
+  return {static_cast<float>(1 - config.learning_rate * config.weight_decay),
+          static_cast<float>(1 - config.beta1),
+          static_cast<float>(config.beta2),
+          static_cast<float>(1 - config.beta2),
+          static_cast<float>(config.learning_rate / correction1),
+          static_cast<float>(std::sqrt(correction2)),
+          static_cast<float>(config.epsilon)};
+}
+
 void adamw(at::TensorList parameters, at::TensorList gradients, at::TensorList first_moments,
            at::TensorList second_moments, int64_t step, const AdamWConfig& config) {
   const size_t count = parameters.size();
@@ -28,7 +41,7 @@ void adamw(at::TensorList parameters, at::TensorList gradients, at::TensorList f
       gradients.size() == count && first_moments.size() == count && second_moments.size() == count,
       "adamw got ", count, " parameters, ", gradients.size(), " gradients, ", first_moments.size(),
       " and ", second_moments.size(), " moments");
-  GRAFT_CHECK(step >= 1, "adamw counts steps from 1, got ", step);
+  const AdamWStep scalars = adamw_step(config, step);
   std::vector<AdamWPiece> pieces;
   for (size_t i = 0; i < count; ++i) {
     for (const at::Tensor& tensor :
@@ -47,15 +60,6 @@ void adamw(at::TensorList parameters, at::TensorList gradients, at::TensorList f
     }
   }
   if (pieces.empty()) return;
-  const double correction1 = 1 - std::pow(config.beta1, static_cast<double>(step));
-  const double correction2 = 1 - std::pow(config.beta2, static_cast<double>(step));
-  const AdamWStep scalars{static_cast<float>(1 - config.learning_rate * config.weight_decay),
-                          static_cast<float>(1 - config.beta1),
-                          static_cast<float>(config.beta2),
-                          static_cast<float>(1 - config.beta2),
-                          static_cast<float>(config.learning_rate / correction1),
-                          static_cast<float>(std::sqrt(correction2)),
-                          static_cast<float>(config.epsilon)};
   on_device(
       parameters[0],
       [&] {

@@ -18,13 +18,8 @@ struct Table {
 __global__ void adamw_kernel(const Table table, const AdamWStep step) {
   const AdamWPiece& piece = table.pieces[blockIdx.x];
   for (int64_t i = threadIdx.x; i < piece.size; i += kThreads) {
-    const float g = piece.gradient[i], m_old = piece.first_moment[i];
-    const float m = m_old + (g - m_old) * step.one_minus_beta1;
-    const float v = piece.second_moment[i] * step.beta2 + g * g * step.one_minus_beta2;
-    const float denominator = sqrtf(v) / step.sqrt_correction + step.epsilon;
-    piece.first_moment[i] = m;
-    piece.second_moment[i] = v;
-    piece.parameter[i] = piece.parameter[i] * step.decay - step.step_size * m / denominator;
+    step_element(piece.parameter[i], piece.gradient[i], piece.first_moment[i],
+                 piece.second_moment[i], step);
   }
 }
 

@@ -100,6 +100,31 @@ void nest(FourBitCodes& q) {
   q.nested_absmax = nested.to(q.codes.device());
 }
 
+enum class MapSign { kSigned, kUnsigned };
+
+/// For i = 0..6 the midpoints of 2^i + 1 points from 0.1 to 1, times 10^(i - 6), with both signs;
+/// unsigned of 2^(i+1) + 1 points; 0 and 1. The points are those of torch.linspace: from the nearer
+/// end, with a fused multiply-add.
+at::Tensor make_dynamic_map(MapSign sign) {
+  std::vector<float> values = {0.0f, 1.0f};
+  for (int i = 0; i < 7; ++i) {
+    const int num_points = ((sign == MapSign::kSigned ? 1 : 2) << i) + 1;
+    const float step = (1.0f - 0.1f) / static_cast<float>(num_points - 1);
+    const auto point = [&](int k) {
+      return k < num_points / 2 ? std::fma(step, float(k), 0.1f)
+                                : std::fma(-step, float(num_points - 1 - k), 1.0f);
+    };
+    for (int k = 0; k + 1 < num_points; ++k) {
+      const float midpoint = (point(k) + point(k + 1)) / 2;
+      const float value = static_cast<float>(std::pow(10.0, i - 6)) * midpoint;
+      values.push_back(value);
+      if (sign == MapSign::kSigned) values.push_back(-value);
+    }
+  }
+  std::sort(values.begin(), values.end());
+  return at::tensor(values);
+}
+
 }  // namespace
 
 FourBitCodes quantize(const at::Tensor& w, FourBitType type, Scales scales) {
@@ -160,27 +185,12 @@ FourBitType four_bit_type(const at::Tensor& quant_map) {
 }
 
 const at::Tensor& dynamic_map() {
-  // For i = 0..6 the midpoints of 2^i + 1 points from 0.1 to 1, times 10^(i - 6), with both signs;
-  // 0 and 1. The points are those of torch.linspace: from the nearer end, with a fused
-  // multiply-add.
-  static const at::Tensor map = [] {
-    std::vector<float> values = {0.0f, 1.0f};
-    for (int i = 0; i < 7; ++i) {
-      const int num_points = (1 << i) + 1;
-      const float step = (1.0f - 0.1f) / static_cast<float>(num_points - 1);
-      const auto point = [&](int k) {
-        return k < num_points / 2 ? std::fma(step, float(k), 0.1f)
-                                  : std::fma(-step, float(num_points - 1 - k), 1.0f);
-      };
-      for (int k = 0; k + 1 < num_points; ++k) {
-        const float midpoint = (point(k) + point(k + 1)) / 2;
-        const float value = static_cast<float>(std::pow(10.0, i - 6)) * midpoint;
-        values.insert(values.end(), {value, -value});
-      }
-    }
-    std::sort(values.begin(), values.end());
-    return at::tensor(values);
-  }();
+  static const at::Tensor map = make_dynamic_map(MapSign::kSigned);
+  return map;
+}
+
+const at::Tensor& unsigned_dynamic_map() {
+  static const at::Tensor map = make_dynamic_map(MapSign::kUnsigned);
   return map;
 }
 

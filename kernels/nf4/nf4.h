@@ -46,5 +46,7 @@ FourBitType four_bit_type(const at::Tensor& quant_map);
 
 /// bitsandbytes' signed dynamic 8-bit code book: [256] float32 on the CPU, sorted upwards.
 const at::Tensor& dynamic_map();
+/// The one without a sign, for numbers that are not negative.
+const at::Tensor& unsigned_dynamic_map();
 
 }  // namespace graft::kernels

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "kernels/adamw/adamw.h"
+#include "kernels/adamw8/adamw8.h"
 #include "kernels/gemm/gemm.h"
 #include "kernels/int8/int8.h"
 #include "kernels/lowrank/lowrank.h"
@@ -311,6 +312,41 @@ TEST_F(CudaTwins, AdamWAgreesOverMorePiecesThanALaunchTakes) {
   }
   for (size_t i = 0; i < 3; ++i) {
     for (size_t j = 0; j < sizes.size(); ++j) expect_twins(gpu[i][j], cpu[i][j]);
+  }
+}
+
+TEST_F(CudaTwins, AdamWIn8BitsAgreesOverMorePiecesThanALaunchTakes) {
+  const AdamWConfig config{.learning_rate = 3e-3, .beta1 = 0.85, .weight_decay = 0.1};
+  Tensors cpu, gpu;
+  std::array<std::vector<EightBitMoment>, 2> moments, there;
+  const std::vector<int64_t> sizes = {1, 255, 256, 257, 8191, 8192, 8193, 600'001};
+  for (const int64_t size : sizes) {
+    cpu.push_back(random({size})), gpu.push_back(on_gpu(cpu.back()));
+    for (size_t i = 0; i < 2; ++i) {
+      moments[i].push_back({at::zeros({size}, at::kByte), at::zeros({(size + 255) / 256})});
+      there[i].push_back({on_gpu(moments[i].back().codes), on_gpu(moments[i].back().absmax)});
+    }
+  }
+  for (int64_t step = 1; step <= 3; ++step) {
+    Tensors gradients, on_device;
+    for (const int64_t size : sizes) {
+      gradients.push_back(random({size}));
+      on_device.push_back(on_gpu(gradients.back()));
+    }
+    adamw_8bit(cpu, gradients, moments[0], moments[1], step, config);
+    adamw_8bit(gpu, on_device, there[0], there[1], step, config);
+  }
+  for (size_t j = 0; j < sizes.size(); ++j) {
+    for (size_t i = 0; i < 2; ++i) {
+      expect_twins(there[i][j].absmax, moments[i][j].absmax);
+      // The compilers contract differently, so a number at a midpoint may go either way.
+      const at::Tensor apart =
+          (there[i][j].codes.cpu().to(at::kInt) - moments[i][j].codes.to(at::kInt)).abs();
+      EXPECT_LE(apart.max().item<int>(), 1);
+      EXPECT_LE(apart.sum().item<int64_t>(), sizes[j] / 1000);
+    }
+    // A parameter moves by about the learning rate a step, by less of it where codes differ.
+    EXPECT_LT((gpu[j].cpu() - cpu[j]).abs().mean().item<double>(), 1e-3 * 3 * 3e-3);
   }
 }
 

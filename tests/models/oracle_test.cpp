@@ -9,8 +9,9 @@
 #include <stdexcept>
 
 #include "dist/comm_factory.h"
+#include "kernels/adamw/adamw.h"
 #include "launcher/gradients.h"
-#include "launcher/optim/adamw.h"
+#include "launcher/optim/rules.h"
 #include "models/base.h"
 #include "models/io/json_file.h"
 #include "models/io/open_source.h"
@@ -114,7 +115,7 @@ void Oracle::expect_training(const char* name, double max_grad_norm) {
   const auto& train = numbers_["train"];
   launcher::Gradients gradients(adapters->params(), base_->model->num_stages(), 2,
                                 launcher::Reduction::kTree);
-  launcher::AdamW optimizer(adapters->params(), train["weight_decay"]);
+  launcher::AdamW optimizer(adapters->params(), {train["weight_decay"]});
   ASSERT_EQ(train[name].size(), 10U);
   for (const double expected : train[name]) {
     EXPECT_NEAR(sweep(gradients), expected, kTolerance) << "step " << optimizer.num_steps() + 1;

@@ -15,7 +15,7 @@ DIR/<case>/oracle.json          loss, adapter_loss: mean over num_targets; train
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
-Beside them DIR/peft_methods/<name>/: see peft_methods.py.
+Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/optimisers.safetensors: see optimisers.py.
 """
 
 import argparse
@@ -189,7 +189,10 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     for name, config in CASES.items():
         write_case(name, config, output / name)
+    import optimisers
     import peft_methods  # which imports this file
+
+    optimisers.write(output / "optimisers.safetensors")
 
     peft_methods.write(output / "qwen2/model", output / "peft_methods")
 

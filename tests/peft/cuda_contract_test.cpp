@@ -72,7 +72,7 @@ class Twin {
     for (const Param& p : params().all()) {  // none at a special value: B of LoRA is zero
       Tensor(p.value).add_(fill(p.name, p.value.sizes(), 0.3).to(device));
     }
-    optimizer_ = std::make_unique<launcher::AdamW>(params(), 0.0);
+    optimizer_ = std::make_unique<launcher::AdamW>(params());
     gradients_ = std::make_unique<launcher::Gradients>(params(), bench_->model->num_stages(), 2,
                                                        launcher::Reduction::kTree);
   }

@@ -15,7 +15,7 @@
 
 #include "dist/comm_factory.h"
 #include "launcher/gradients.h"
-#include "launcher/optim/adamw.h"
+#include "launcher/optim/rules.h"
 #include "models/base.h"
 #include "models/load.h"
 #include "models/trunk.h"
@@ -129,7 +129,7 @@ class Tiny : BaseWeights {
     for (int b = 0; b < model->num_blocks(); ++b) model->visit_weights(b, collect);
     adapters.initialize(*this);
     trunk = std::make_unique<models::Trunk>(*model, *store);
-    optimizer = std::make_unique<launcher::AdamW>(adapters.params(), 0.0);
+    optimizer = std::make_unique<launcher::AdamW>(adapters.params());
   }
 
   const std::vector<Param>& params() const { return adapters.params().all(); }
