@@ -7,6 +7,8 @@
 #include "configs/check.h"
 #include "configs/log.h"
 #include "launcher/progress.h"
+#include "launcher/starts.h"
+#include "launcher/trainer.h"
 #include "models/base.h"
 #include "models/io/open_source.h"
 #include "models/load.h"
@@ -14,6 +16,8 @@
 
 namespace graft::launcher {
 namespace {
+
+using at::Tensor;
 
 models::Quantization quantization_of(const std::string& name) {
   if (name == "nf4") return models::Quantization::kNf4;
@@ -56,7 +60,38 @@ class LoadedWeights : public peft::BaseWeights {
   std::map<std::string, models::Weight*> weights_;
 };
 
-void load_base(Workbench& bench, const RunConfig& config) {
+/// Makes the store and fills it.
+std::vector<models::SourceHash> fill_store(Workbench& bench, models::io::TensorSource& source,
+                                           models::LoadOptions options) {
+  bench.trunk.reset();
+  bench.store = std::make_unique<dist::BlockStore>(
+      bench.shard_comm ? *bench.shard_comm : bench.world.comm(), bench.world.device);
+  Progress progress("loading " + source.describe());
+  options.progress = [&](int64_t done, int64_t total) { progress.update(done, total); };
+  return models::load_weights(*bench.model, *bench.store, source, options);
+}
+
+/// The first rows that the run will train on, whole micro-batches of it, the same on every rank.
+std::vector<models::Lane> first_rows(const Run& run, const World& world, int64_t rows) {
+  GRAFT_CHECK(!run.data.train.values.empty(),
+              "peft: a method starts from the first rows of data.train, which names no shards");
+  data::LoaderConfig config = train_loader_config(run, world);
+  config.num_lanes = config.num_local_lanes = 1, config.first_lane = 0;
+  config.report = [](const data::BadSample& bad) { log::warn("skipping " + bad.reason); };
+  data::Loader loader(config);
+  std::vector<models::Lane> lanes;
+  for (bool last = false;
+       !last && static_cast<int64_t>(lanes.size()) * config.rows_per_lane < rows;) {
+    data::Loader::Step step = loader.next();
+    last = step.last_of_epoch;
+    const auto number = static_cast<int64_t>(lanes.size());
+    if (data::Batch& batch = step.lanes.front(); !batch.empty())
+      lanes.push_back(make_lane(std::move(batch), number, world.device));
+  }
+  return lanes;
+}
+
+void load_base(Workbench& bench, const Run& config) {
   models::LoadOptions options;
   options.quantization = quantization_of(config.model.quantization);
   options.double_quantization = config.model.double_quantization;
@@ -65,10 +100,25 @@ void load_base(Workbench& bench, const RunConfig& config) {
       config.model.weights == "random"
           ? models::random_source(*bench.model, static_cast<uint64_t>(config.train.seed))
           : models::io::open_source(config.model.name_or_path);
-  Progress progress("loading " + source->describe());
-  options.progress = [&](int64_t done, int64_t total) { progress.update(done, total); };
-  auto hashes = models::load_weights(*bench.model, *bench.store, *source, options);
-  progress.finish();
+  std::vector<models::SourceHash> hashes;
+  const auto load = [&]() -> models::Trunk& {
+    hashes = fill_store(bench, *source, options);
+    bench.trunk = std::make_unique<models::Trunk>(*bench.model, *bench.store,
+                                                  config.parallel.prefetch_blocks);
+    return *bench.trunk;
+  };
+  peft::Peft& adapters = *bench.adapters;
+  set_starts({*bench.model, adapters, *bench.world.host, *source, options, bench.world.device, load,
+              [&](int64_t rows) { return first_rows(config, bench.world, rows); }});
+  // In four bits the file's codes stay as they are: there the adapters compute on the plain base.
+  const bool prepared = adapters.changes_base() && !models::holds_four_bit(*source);
+  if (prepared) {
+    options.prepare_weight = [&](const std::string& name, Tensor w) {
+      return adapters.prepare_weight(name, std::move(w));
+    };
+  }
+  if (prepared || bench.store == nullptr) load();
+  if (prepared) adapters.base_is_prepared();
   // The ranks shared the tensors out; all of them make the fingerprint, wherever the shards went.
   std::string mine;
   for (const auto& h : hashes) mine += h.name + " " + h.hash + "\n";
@@ -90,21 +140,17 @@ std::unique_ptr<peft::BaseWeights> Workbench::base_weights() {
   return std::make_unique<LoadedWeights>(*model, *store);
 }
 
-Workbench build_workbench(World& world, Run& config) {
+Workbench build_workbench(World& world, Run& config, const std::string& resume) {
   Workbench bench{world, compute_dtype(config.model.dtype, world.device), {}, {}, {}, {}, {}, {}};
   bench.model = models::make_model(models::read_base_config(config.model.name_or_path));
   bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device,
                                                 static_cast<uint64_t>(config.train.seed));
   for (const std::string& directory : config.model.adapters.values)
     bench.adapters->attach_frozen(directory);
-  bench.adapters->attach(config.peft);
+  bench.adapters->attach(config.peft, resume);
   bench.shard_comm = make_shard_comm(world, config.parallel.shard);
-  bench.store = std::make_unique<dist::BlockStore>(
-      bench.shard_comm ? *bench.shard_comm : world.comm(), world.device);
   load_base(bench, config);
   bench.adapters->initialize(*bench.base_weights());
-  bench.trunk =
-      std::make_unique<models::Trunk>(*bench.model, *bench.store, config.parallel.prefetch_blocks);
   return bench;
 }
 

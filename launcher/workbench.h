@@ -33,7 +33,9 @@ struct Workbench {
 /// Builds the model, attaches frozen adapters and the run's methods, loads the weights, sets
 /// initial values. Mistakes in the run (targets, shapes) are reported before any weight is read.
 /// Collective.
-/// @param run  its `peft` entries are resolved (init_from alone gets its method)
-Workbench build_workbench(World& world, Run& run);
+/// @param run     its `peft` entries are resolved (init_from alone gets its method)
+/// @param resume  the checkpoint that will be loaded: its adapters say what the base holds; empty:
+///                none
+Workbench build_workbench(World& world, Run& run, const std::string& resume = "");
 
 }  // namespace graft::launcher

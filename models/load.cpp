@@ -7,7 +7,6 @@
 #include <array>
 
 #include "configs/check.h"
-#include "models/match.h"
 
 namespace graft::models {
 namespace {
@@ -132,6 +131,28 @@ std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store,
     if (options.progress) options.progress(done, total);
   }
   return hashes;
+}
+
+bool holds_four_bit(const io::TensorSource& source) {
+  const auto& all = source.tensors();
+  return std::any_of(all.begin(), all.end(), [](const io::SourceTensor& tensor) {
+    return tensor.dtype == "nf4" || tensor.dtype == "fp4";
+  });
+}
+
+Tensor read_matrix(const MatchedWeight& item, io::TensorSource& source, int64_t head_dim) {
+  GRAFT_CHECK(!source.read_four_bit(item.source->name), source.describe(), ": ", item.source->name,
+              " is stored in four bits; first values that come from the base's matrices need it as "
+              "it was before (model.name_or_path: the unquantised model, with "
+              "model.quantization: nf4)");
+  const Tensor w = source.read(item.source->name).contiguous();
+  return item.transform == Transform::kIdentity ? w : rope_rows_from_gguf(w, head_dim);
+}
+
+Tensor stored(const MatchedWeight& item, const Tensor& w, const LoadOptions& options) {
+  Weight weight(item.weight->shape(), item.weight->use());
+  weight.set_format(format_of(item, options), options.compute_dtype);
+  return weight.round_trip(w);
 }
 
 std::string fingerprint(std::vector<SourceHash> hashes) {

@@ -12,6 +12,7 @@
 
 #include "dist/block_store.h"
 #include "models/io/source.h"
+#include "models/match.h"
 #include "models/model.h"
 
 namespace graft::models {
@@ -40,6 +41,16 @@ struct SourceHash {
 /// of another type or nesting than the options ask for
 std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store,
                                      io::TensorSource& source, const LoadOptions& options);
+
+/// Whether a source holds matrices in four bits: those keep their codes, nothing can prepare them.
+bool holds_four_bit(const io::TensorSource& source);
+
+/// A matrix as prepare_weight is shown it.
+/// @throws graft::Error (kUsage) if the source holds it in four bits
+Tensor read_matrix(const MatchedWeight& item, io::TensorSource& source, int64_t head_dim);
+
+/// What the model computes with once `w` is stored in the place of a matrix; on the CPU.
+Tensor stored(const MatchedWeight& item, const Tensor& w, const LoadOptions& options);
 
 /// One hash for a base, whatever the world size or quantiser: over all tensors in the order of
 /// their names.

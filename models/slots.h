@@ -23,6 +23,7 @@ class Slot {
  public:
   bool empty() const { return adapters_.empty(); }
   void push(std::shared_ptr<A> adapter) { adapters_.push_back(std::move(adapter)); }
+  void pop() { adapters_.pop_back(); }  ///< the outermost
   void clear() { adapters_.clear(); }
   const std::vector<std::shared_ptr<A>>& adapters() const { return adapters_; }
 

@@ -76,6 +76,7 @@ void Weight::place(dist::BlockStore& store, int block, int64_t offset) {
   store_ = &store;
   block_ = block;
   offset_ = offset;
+  nested_offset_.reset();
 }
 
 Tensor Weight::encode(const Tensor& dense) const {
@@ -114,7 +115,9 @@ Tensor Weight::bytes(int64_t begin, int64_t end) const {
 
 Tensor Weight::dense() const {
   if (kept_copy_.defined()) return kept_copy_;
-  Tensor dense = rebuild();
+  GRAFT_ASSERT(store_ != nullptr, "weight was not loaded");
+  Tensor dense =
+      rebuild([this](int64_t begin, int64_t end) { return bytes(begin, end); }, nested_offset_);
   if (kept_) kept_copy_ = dense;
   return dense;
 }
@@ -130,8 +133,14 @@ Tensor Weight::rows(const Tensor& ids) const {
   return at::embedding(table, ids).to(compute_dtype_);
 }
 
-Tensor Weight::rebuild() const {
-  GRAFT_ASSERT(store_ != nullptr, "weight was not loaded");
+Tensor Weight::round_trip(const Tensor& dense) const {
+  const Tensor payload = encode(dense);
+  std::optional<float> nested_offset;
+  return rebuild([&](int64_t begin, int64_t end) { return payload.slice(0, begin, end); },
+                 nested_offset);
+}
+
+Tensor Weight::rebuild(const Bytes& bytes, std::optional<float>& nested_offset) const {
   if (format_.kind == Kind::kDense) {
     const Tensor stored = bytes(0, payload_bytes_).view(format_.dtype).view(shape_);
     return stored.to(compute_dtype_, /*non_blocking=*/false, /*copy=*/use_ == WeightUse::kVector);
@@ -154,9 +163,9 @@ Tensor Weight::rebuild() const {
     q.nested_absmax = bytes(at_bytes.nested, at_bytes.offset);
     // A number the host needs: read once, when the block is first there, so later sweeps do not
     // wait for the device.
-    if (!nested_offset_)
-      nested_offset_ = bytes(at_bytes.offset, at_bytes.end).view(at::kFloat).item<float>();
-    q.nested_offset = *nested_offset_;
+    if (!nested_offset)
+      nested_offset = bytes(at_bytes.offset, at_bytes.end).view(at::kFloat).item<float>();
+    q.nested_offset = *nested_offset;
   } else {
     q.absmax = bytes(at_bytes.scales, at_bytes.end);
   }

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -74,6 +75,8 @@ class Weight {
   /// The same of a matrix that is 4-bit already, in this very format: its codes are kept as they
   /// are.
   Tensor encode(const kernels::FourBitCodes& codes) const;
+  /// What dense() gives once encode(dense) is stored; on the CPU.
+  Tensor round_trip(const Tensor& dense) const;
 
  private:
   /// Where the parts of a payload begin: codes, scales, second-level scales, second-level offset,
@@ -83,7 +86,9 @@ class Weight {
   };
   Parts parts() const;
   Tensor bytes(int64_t begin, int64_t end) const;
-  Tensor rebuild() const;
+  /// The tensor of a payload. @param bytes  gives a range of it
+  using Bytes = std::function<Tensor(int64_t begin, int64_t end)>;
+  Tensor rebuild(const Bytes& bytes, std::optional<float>& nested_offset) const;
 
   std::vector<int64_t> shape_;
   WeightUse use_ = WeightUse::kMatrix;

@@ -140,7 +140,7 @@ std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params,
       if (!at::isfinite(values.back()).all().item<bool>()) problems.push_back("not finite: " + key);
     }
   };
-  for (const Param& param : params) read_one(param.hf_key, param.value, false);
+  for (const Param& param : params) read_one(param.hf_key, param.saved(), param.value.numel() == 0);
   for (const Constant& constant : constants)
     read_one(constant.hf_key, constant.value, constant.may_be_left_out);
   for (const auto& entry : file_.entries()) {

@@ -48,7 +48,7 @@ class AdapterFile {
   /// place of a block's.
   void check_modules(const SlotMap& slots) const;
   /// What the file holds for `params` and then for `constants`, in their order; undefined for a
-  /// constant that it leaves out.
+  /// constant that it leaves out and a parameter without elements.
   /// Copies of base matrices are left to check_modules and check_base_copies.
   /// @throws graft::Error (kData) with the missing, unknown and misshapen tensors
   std::vector<Tensor> read(const std::vector<Param>& params,

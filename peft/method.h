@@ -43,6 +43,32 @@ class BaseWeights {
   virtual Tensor bias(const LinearSite& site) = 0;  ///< a copy, float32 [out]
 };
 
+/// A slot's matrix before it is stored, dense, float32 [out, in], on the run's device.
+class PlainMatrix {
+ public:
+  virtual ~PlainMatrix() = default;
+  /// As the model's file has it.
+  /// @throws graft::Error (kUsage) if the file holds it in four bits
+  virtual Tensor dense() = 0;
+  /// What the run keeps of a matrix of this shape: quantised and rebuilt.
+  virtual Tensor stored(const Tensor& w) = 0;
+  virtual int stored_bits() const = 0;  ///< of an element: 4 or 8; 32 where nothing is quantised
+};
+
+/// The rows of the training data that a method wants to see before step 0.
+struct Calibration {
+  int64_t rows = 0;        ///< the first ones, in the order of the run; 0: none
+  bool gradients = false;  ///< those of the loss too
+};
+
+/// What passed a slot in one micro-batch of calibration, without padding.
+struct Observation {
+  Tensor x;         ///< [tokens, in] float32
+  Tensor dy;        ///< [tokens, out] float32, of the summed loss: dW = dy^T x; undefined unless
+                    ///< gradients were asked for
+  Tensor predicts;  ///< [tokens] bool: the loss has a target after this token
+};
+
 struct StepInfo {
   int64_t step = 0;  ///< of the run, from 0
   int64_t max_steps = 0;
@@ -54,7 +80,37 @@ class Method {
   virtual ~Method() = default;
   virtual void fields(configs::Fields& f) = 0;
   virtual void attach(AttachContext& context) = 0;
-  /// After the base is loaded, before the first step: initial values that need weights.
+
+  // First values that come from the base's matrices or from data, unless the method goes on from a
+  // saved adapter. One rank computes those of a slot, all ranks adopt its bits: singular vectors
+  // may differ between machines. In this order:
+  /// Rows to see first. They pass the base with the run's adapters as attach() left them.
+  virtual Calibration calibration() const { return {}; }
+  /// The slots that have such values.
+  virtual std::vector<const LinearSite*> start_sites() const { return {}; }
+  /// Each micro-batch at a slot, on the rank that will compute its values.
+  virtual void observe(const LinearSite& /*site*/, const Observation& /*seen*/) {}
+  /// After the last one, on that rank. @return what adopt() gets, on the CPU; of any dtype
+  virtual std::vector<Tensor> start(const LinearSite& /*site*/, PlainMatrix& /*matrix*/) {
+    return {};
+  }
+  /// On every rank, slot by slot.
+  virtual void adopt(const LinearSite& /*site*/, std::vector<Tensor> /*values*/) {}
+  /// All slots are adopted. No optimiser exists yet, so here and in adopt() a parameter may change
+  /// its shape (set_data); one without elements is not saved.
+  virtual void adopted() {}
+  /// Shapes that start values decided, from the adapter the method goes on from; before attach().
+  virtual void continue_from(const SavedAdapter& /*adapter*/) {}
+
+  /// Whether the base holds other matrices than its file: then every matrix of a block is shown to
+  /// prepare_weight before it is stored, and on all ranks base_is_prepared follows. Until then, and
+  /// where it never comes (merging, a base in four bits), the method computes on the plain base.
+  virtual bool changes_base() const { return false; }
+  /// What is stored in place of `w` [out, in]: a pure function of it and the method's constants.
+  virtual Tensor prepare_weight(const LinearSite& /*site*/, const Tensor& w) const { return w; }
+  virtual void base_is_prepared() {}
+
+  /// After the base is loaded, before the first step: initial values that need what it holds.
   virtual void initialize(BaseWeights& /*base*/) {}
   /// Gradients are summed over ranks and lanes: every rank sees the same numbers.
   virtual void after_reduce(const StepInfo& /*info*/) {}

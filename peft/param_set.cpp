@@ -2,11 +2,27 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "configs/check.h"
 
 namespace graft::peft {
+
+Tensor Param::saved() const {
+  return tail.defined() ? at::cat({value.detach(), tail}, tail_dim) : value.detach();
+}
+
+void Param::set(const Tensor& saved) const {
+  const at::NoGradGuard no_grad;
+  if (!tail.defined()) {
+    Tensor(value).copy_(saved);
+    return;
+  }
+  const int64_t own = value.size(tail_dim);
+  Tensor(value).copy_(saved.narrow(tail_dim, 0, own));
+  Tensor(tail).copy_(saved.narrow(tail_dim, own, tail.size(tail_dim)));
+}
 
 void ParamSet::add(Param param) {
   GRAFT_ASSERT(names_.insert(param.name).second, "two parameters named ", param.name);
@@ -19,6 +35,14 @@ void ParamSet::add(Param param) {
 void ParamSet::add(Constant constant) {
   GRAFT_ASSERT(names_.insert(constant.name).second, "two tensors named ", constant.name);
   constants_.push_back(std::move(constant));
+}
+
+void ParamSet::set_tail(const std::string& name, Tensor tail, int64_t dim) {
+  const auto param =
+      std::find_if(params_.begin(), params_.end(), [&](const Param& p) { return p.name == name; });
+  GRAFT_ASSERT(param != params_.end(), "no parameter named ", name);
+  param->tail = std::move(tail);
+  param->tail_dim = dim;
 }
 
 int64_t ParamSet::numel() const {

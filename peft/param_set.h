@@ -23,6 +23,15 @@ struct Param {
   /// The last stage that uses it, if there are several: its gradient is the sum over them.
   int last_stage = stage;
   double learning_rate_factor = 1;
+  /// A constant that files hold behind the value, in the same tensor along `tail_dim`; undefined:
+  /// none.
+  Tensor tail = {};
+  int64_t tail_dim = 0;
+
+  /// The value as files hold it.
+  Tensor saved() const;
+  /// Sets value and tail from what a file holds.
+  void set(const Tensor& saved) const;
 };
 
 /// A tensor that an adapter computes with and does not train (VeRA's projections, the places of a
@@ -38,6 +47,8 @@ class ParamSet {
  public:
   void add(Param param);
   void add(Constant constant);
+  /// Gives a parameter its tail.
+  void set_tail(const std::string& name, Tensor tail, int64_t dim);
   const std::vector<Param>& all() const { return params_; }
   const std::vector<Constant>& constants() const { return constants_; }
   bool empty() const { return params_.empty(); }

@@ -15,11 +15,14 @@ namespace {
 
 constexpr size_t kMostMethods = 64;  // one takes memory and a line of the config each
 
-/// @param values  of the params, then of the constants; undefined: it keeps its own
+/// @param values  of the params, then of the constants; undefined: it keeps its own, or has no
+///                elements
 void set_values(const std::vector<Param>& params, const std::vector<Constant>& constants,
                 const std::vector<Tensor>& values) {
   const at::NoGradGuard no_grad;
-  for (size_t i = 0; i < params.size(); ++i) params[i].value.copy_(values[i]);
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (values[i].defined()) params[i].set(values[i]);
+  }
   for (size_t i = 0; i < constants.size(); ++i) {
     if (const Tensor& value = values[params.size() + i]; value.defined())
       constants[i].value.copy_(value);
@@ -75,25 +78,75 @@ void Peft::attach_frozen(const std::string& directory) {
   frozen_.push_back(std::move(frozen));
 }
 
-void Peft::attach(MethodEntry& entry) {
+void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const size_t index = trained_.size();
   GRAFT_CHECK(index < kMostMethods, "peft: ", index + 1, " methods, at most ", kMostMethods,
               " are allowed");
   if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
   if (entry.init_from) AdapterFile(*entry.init_from).check_modules(slots_);
+  const std::string from = resume.empty() ? entry.init_from.value_or("") : resume;
+  if (!from.empty()) entry.method->continue_from(read_saved_adapter(from));
   const size_t first = params_.all().size(), first_constant = params_.constants().size();
   AttachContext context{slots_,  model_.info(),
                         params_, kernels::derive(random_, index + 1),
                         device_, std::to_string(index) + "."};
   entry.method->attach(context);
   trained_.push_back({entry.name, entry.method, first, params_.all().size() - first, first_constant,
-                      params_.constants().size() - first_constant, entry.init_from.value_or("")});
+                      params_.constants().size() - first_constant, entry.init_from.value_or(""),
+                      !from.empty()});
   const Trained& part = trained_.back();
-  if (entry.init_from) AdapterFile(*entry.init_from).read(params_of(part), constants_of(part));
+  if (from.empty()) return;
+  // Now, because how the base is stored may depend on them.
+  const auto params = params_of(part);
+  const auto constants = constants_of(part);
+  set_values(params, constants, AdapterFile(from).read(params, constants));
 }
 
-void Peft::attach(std::vector<MethodEntry>& entries) {
-  for (MethodEntry& entry : entries) attach(entry);
+void Peft::attach(std::vector<MethodEntry>& entries, const std::string& resume) {
+  for (size_t i = 0; i < entries.size(); ++i)
+    attach(entries[i], resume.empty() ? "" : part_directory(resume, i, entries.size()));
+}
+
+std::vector<Peft::Start> Peft::starts() const {
+  std::vector<Start> starts;
+  for (const Trained& part : trained_) {
+    if (part.goes_on) continue;
+    for (const LinearSite* site : part.method->start_sites())
+      starts.push_back({part.method.get(), site});
+  }
+  return starts;
+}
+
+void Peft::adopted() {
+  for (const Trained& part : trained_) {
+    if (!part.goes_on && !part.method->start_sites().empty()) part.method->adopted();
+  }
+}
+
+std::vector<Method*> Peft::all() const {
+  std::vector<Method*> methods;
+  for (const Frozen& frozen : frozen_) methods.push_back(frozen.method.get());
+  for (const Trained& part : trained_) methods.push_back(part.method.get());
+  return methods;
+}
+
+bool Peft::changes_base() const {
+  const auto methods = all();
+  return std::any_of(methods.begin(), methods.end(),
+                     [](const Method* m) { return m->changes_base(); });
+}
+
+Tensor Peft::prepare_weight(const std::string& name, Tensor w) const {
+  const at::NoGradGuard no_grad;
+  const LinearSite* site = slots_.find_linear(name.substr(0, name.rfind('.')));
+  for (const Method* method : all()) {
+    if (site != nullptr && method->changes_base()) w = method->prepare_weight(*site, w);
+  }
+  return w;
+}
+
+void Peft::base_is_prepared() {
+  for (Method* method : all()) method->base_is_prepared();
 }
 
 void Peft::initialize(BaseWeights& base) {
@@ -143,8 +196,9 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config.erase(kOwnEntries);
   facts.update({{"method", part.name}, {"base_fingerprint", base.fingerprint}});
   saved.metadata = {{"format", "pt"}, {kFactsKey, facts.dump()}};
-  for (const Param& param : params_of(part))
-    saved.tensors.emplace_back(param.hf_key, param.value.detach().cpu());
+  for (const Param& param : params_of(part)) {
+    if (param.value.numel() > 0) saved.tensors.emplace_back(param.hf_key, param.saved().cpu());
+  }
   for (const Constant& constant : constants_of(part)) {
     if (constant.is_saved) saved.tensors.emplace_back(constant.hf_key, constant.value.cpu());
   }

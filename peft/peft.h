@@ -29,8 +29,25 @@ class Peft {
   void attach_frozen(const std::string& directory);
   /// Puts the run's next method on the model and its parameters in params(); those of `init_from`
   /// must fit it. An entry with `init_from` alone gets its method.
-  void attach(MethodEntry& entry);
-  void attach(std::vector<MethodEntry>& entries);  ///< one after the other
+  /// @param resume  the method's directory in a checkpoint that load() will be called with; empty:
+  ///                none
+  void attach(MethodEntry& entry, const std::string& resume = "");
+  /// One after the other.
+  void attach(std::vector<MethodEntry>& entries, const std::string& resume = "");
+
+  /// A slot whose first values come from its matrix or from data.
+  struct Start {
+    Method* method;
+    const LinearSite* site;
+  };
+  /// Of the methods that do not go on from an adapter, in order.
+  std::vector<Start> starts() const;
+  /// Calls Method::adopted of the methods that have starts.
+  void adopted();
+  bool changes_base() const;
+  /// What is stored in place of the matrix of this name ("block.3.attn.q.weight").
+  Tensor prepare_weight(const std::string& name, Tensor w) const;
+  void base_is_prepared();
   /// Initial values that need the base's weights, then those of `init_from`.
   void initialize(BaseWeights& base);
   /// Holds the copies of base matrices in the directories attached against the base; initialize()
@@ -60,12 +77,14 @@ class Peft {
     std::shared_ptr<Method> method;
     size_t first_param, num_params, first_constant, num_constants;
     std::string init_from;
+    bool goes_on;  ///< from an adapter: nothing is left to start
   };
   struct Frozen {
     std::shared_ptr<Method> method;
     ParamSet params;
     std::string directory;
   };
+  std::vector<Method*> all() const;  ///< innermost first
   std::vector<Param> params_of(const Trained& part) const;
   std::vector<Constant> constants_of(const Trained& part) const;
 

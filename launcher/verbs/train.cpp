@@ -136,7 +136,7 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   dist::agree(*world.host, true);  // the folder is ours before any rank writes into it
   const auto checkpoint = look_before_loading(arguments, output, world, run);
 
-  Workbench bench = build_workbench(world, run);
+  Workbench bench = build_workbench(world, run, checkpoint.value_or(""));
   GRAFT_CHECK(bench.adapters->params().numel() > 0, "peft: nothing to train");
   const std::string base_hash = bench.store->hash();
   Trainer trainer(bench, run);

@@ -242,7 +242,7 @@ TEST_P(Contract, SavedAndLoadedItGoesOnBitForBit) {
 TEST_P(Contract, MergedWeightsComputeTheSame) {
   const auto adapted = make(unquantised());
   adapted->jitter();
-  std::map<std::string, const models::Slot<models::LinearAdapter>*> slots;
+  std::map<std::string, const LinearSite*> sites_by_weight;
   const SlotMap& map = adapted->adapters.slots();
   const auto none = [](const auto& sites) {
     return std::all_of(sites.begin(), sites.end(), [](auto& site) { return site.slot->empty(); });
@@ -255,13 +255,15 @@ TEST_P(Contract, MergedWeightsComputeTheSame) {
         if (!adapter->mergeable())
           GTEST_SKIP() << "the adapter of " << site.name << " cannot be merged";
       }
-      slots[site.hf_path + ".weight"] = site.slot;
+      sites_by_weight[site.hf_path + ".weight"] = &site;
     }
   }
   const auto merge = [&](const std::string& name, Tensor w) {
     const at::NoGradGuard no_grad;
-    if (!slots.contains(name)) return w;
-    for (const auto& adapter : slots.at(name)->adapters()) w = adapter->merged(w);
+    if (!sites_by_weight.contains(name)) return w;
+    const LinearSite& site = *sites_by_weight.at(name);
+    w = adapted->adapters.prepare_weight(site.name + ".weight", w);
+    for (const auto& adapter : site.slot->adapters()) w = adapter->merged(w);
     return w;
   };
   Tiny merged(GetParam().model.c_str());

@@ -16,6 +16,7 @@
 #include "dist/comm_factory.h"
 #include "launcher/gradients.h"
 #include "launcher/optim/rules.h"
+#include "launcher/starts.h"
 #include "models/base.h"
 #include "models/load.h"
 #include "models/trunk.h"
@@ -118,9 +119,24 @@ class Tiny : BaseWeights {
             EditWeight edit = {}) {
     comm_ = comm == nullptr ? single_.get() : comm;
     if (!entries_.empty()) adapters.attach(entries_);
-    store = std::make_unique<dist::BlockStore>(*comm_, at::kCPU);
     GoldenSource source(*model, std::move(edit));
-    models::load_weights(*model, *store, source, options);
+    models::LoadOptions prepared = options;
+    const auto fill = [&]() -> models::Trunk& {
+      trunk.reset();
+      store = std::make_unique<dist::BlockStore>(*comm_, at::kCPU);
+      models::load_weights(*model, *store, source, prepared);
+      trunk = std::make_unique<models::Trunk>(*model, *store);
+      return *trunk;
+    };
+    launcher::set_starts({*model, adapters, *comm_, source, options, at::kCPU, fill,
+                          [this](int64_t) { return first_rows; }});
+    if (adapters.changes_base()) {
+      prepared.prepare_weight = [&](const std::string& name, Tensor w) {
+        return adapters.prepare_weight(name, std::move(w));
+      };
+    }
+    if (adapters.changes_base() || trunk == nullptr) fill();
+    if (adapters.changes_base()) adapters.base_is_prepared();
     struct Collect : models::Visitor {
       std::map<std::string, models::Weight*>& weights;
       explicit Collect(std::map<std::string, models::Weight*>& w) : weights(w) {}
@@ -128,7 +144,6 @@ class Tiny : BaseWeights {
     } collect(weights_);
     for (int b = 0; b < model->num_blocks(); ++b) model->visit_weights(b, collect);
     adapters.initialize(*this);
-    trunk = std::make_unique<models::Trunk>(*model, *store);
     optimizer = std::make_unique<launcher::AdamW>(adapters.params());
   }
 
@@ -218,6 +233,8 @@ class Tiny : BaseWeights {
   std::unique_ptr<models::Trunk> trunk;
   std::unique_ptr<launcher::AdamW> optimizer;
   bool training = true;  ///< in sweep(): dropout and its like
+  /// What a method that starts from data sees.
+  std::vector<models::Lane> first_rows = {make_lane(0), make_lane(1), make_lane(2), make_lane(3)};
 };
 
 }  // namespace graft::peft
