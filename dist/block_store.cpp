@@ -13,7 +13,7 @@ namespace graft::dist {
 namespace {
 
 struct Block {
-  int64_t bytes;
+  int64_t bytes, frozen_bytes;
   int64_t shard_bytes;
   int pool;
   at::Tensor shard;
@@ -113,11 +113,11 @@ int BlockStore::add_pool(int num_buffers) {
   return static_cast<int>(impl_->pools.size()) - 1;
 }
 
-int BlockStore::add_block(int64_t bytes, int pool) {
-  GRAFT_ASSERT(
-      !impl_->allocated && bytes >= 0 && pool >= 0 && pool < static_cast<int>(impl_->pools.size()),
-      "block of ", bytes, " bytes in pool ", pool);
-  impl_->blocks.push_back({bytes, shard_size(bytes, impl_->comm.size()), pool, {}});
+int BlockStore::add_block(int64_t bytes, int pool, int64_t frozen_bytes) {
+  GRAFT_ASSERT(!impl_->allocated && 0 <= frozen_bytes && frozen_bytes <= bytes && pool >= 0 &&
+                   pool < static_cast<int>(impl_->pools.size()),
+               "block of ", bytes, " bytes, ", frozen_bytes, " frozen, in pool ", pool);
+  impl_->blocks.push_back({bytes, frozen_bytes, shard_size(bytes, impl_->comm.size()), pool, {}});
   return num_blocks() - 1;
 }
 
@@ -177,6 +177,37 @@ std::vector<BlockStore::Piece> BlockStore::pieces(int block, int64_t offset, int
   return shard_pieces(impl_->at(block).shard_bytes, offset, offset + bytes);
 }
 
+at::Tensor BlockStore::own(int block, int64_t offset, int64_t bytes) {
+  const int64_t shard_begin = impl_->comm.rank() * impl_->at(block).shard_bytes;
+  for (const Piece& piece : pieces(block, offset, bytes)) {
+    if (piece.rank == impl_->comm.rank())
+      return impl_->at(block).shard.narrow(0, piece.begin - shard_begin, piece.end - piece.begin);
+  }
+  return at::empty({0}, impl_->options);
+}
+
+void BlockStore::changed(int block) {
+  Block& written = impl_->at(block);
+  GRAFT_ASSERT(written.num_pins == 0 && !written.gather, "block ", block,
+               " was written while it was in use");
+  if (written.buffer >= 0) impl_->pools[written.pool].buffers[written.buffer].block = -1;
+  written.buffer = -1;
+}
+
+at::Tensor BlockStore::collect(const at::Tensor& mine, std::span<const int64_t> sizes) const {
+  Comm& comm = impl_->comm;
+  std::vector<at::Tensor> parts;
+  for (int r = 0; r < comm.size(); ++r) {
+    if (sizes[r] == 0) continue;
+    if (r == comm.rank() && r != 0) comm.send(mine, 0, Traffic::kControl);
+    if (comm.rank() != 0) continue;
+    at::Tensor part = r == 0 ? mine : at::empty({sizes[r]}, mine.options());
+    if (r != 0) comm.recv(part, r, Traffic::kControl);
+    parts.push_back(part);
+  }
+  return comm.rank() == 0 ? at::cat(parts) : at::Tensor();
+}
+
 void BlockStore::pin(int block, int next) {
   GRAFT_ASSERT(impl_->allocated, "block ", block, " is pinned before allocate()");
   Block& pinned = impl_->at(block);
@@ -206,6 +237,7 @@ at::Tensor BlockStore::bytes(int block, int64_t offset, int64_t bytes) const {
 
 int BlockStore::rank() const { return impl_->comm.rank(); }
 int BlockStore::world() const { return impl_->comm.size(); }
+at::Device BlockStore::device() const { return impl_->options.device(); }
 int BlockStore::num_blocks() const { return static_cast<int>(impl_->blocks.size()); }
 int64_t BlockStore::block_bytes(int block) const { return impl_->at(block).bytes; }
 int64_t BlockStore::shard_bytes(int block) const { return impl_->at(block).shard_bytes; }
@@ -224,7 +256,7 @@ std::string BlockStore::hash() const {
   Comm& comm = impl_->comm;
   HashState hash;
   for (const Block& block : impl_->blocks) {
-    for (const Piece& piece : shard_pieces(block.shard_bytes, 0, block.bytes)) {
+    for (const Piece& piece : shard_pieces(block.shard_bytes, 0, block.frozen_bytes)) {
       at::Tensor shard = block.shard;
       if (piece.rank != 0 && comm.rank() == piece.rank) comm.send(shard, 0, Traffic::kControl);
       if (comm.rank() != 0) continue;

@@ -33,7 +33,9 @@ class BlockStore {
   int add_pool(int num_buffers);
   /// @param bytes  payload; padded to a multiple of size() x 256
   /// @return the number of the block
-  int add_block(int64_t bytes, int pool);
+  int add_block(int64_t bytes, int pool) { return add_block(bytes, pool, bytes); }
+  /// @param frozen_bytes  the payload behind these belongs to thawed weights: hash() leaves it out
+  int add_block(int64_t bytes, int pool, int64_t frozen_bytes);
   /// Allocates this rank's shards. No block may be added after.
   void allocate();
 
@@ -47,6 +49,17 @@ class BlockStore {
   /// sends to.
   using Piece = ShardPiece;
   std::vector<Piece> pieces(int block, int64_t offset, int64_t bytes) const;
+  /// The part of [offset, offset + bytes) that this rank owns, uint8, in place: for a thawed
+  /// weight, whose owner writes it between sweeps and then calls changed().
+  at::Tensor own(int block, int64_t offset, int64_t bytes);
+  /// Bytes of a block were written: what was gathered of it is out of date. Every rank says so,
+  /// while nothing of the block is pinned or under way.
+  void changed(int block);
+  /// What the ranks hold of one tensor, one after the other on rank 0; undefined on the others.
+  /// Collective (Traffic::kControl).
+  /// @param mine   [sizes[rank()]]
+  /// @param sizes  elements of each rank
+  at::Tensor collect(const at::Tensor& mine, std::span<const int64_t> sizes) const;
 
   /// Makes a block readable (gathers it unless it is there), then starts gathering `next` (or -1:
   /// none). All ranks pin and unpin the same blocks in the same order; each block is gathered into
@@ -62,12 +75,13 @@ class BlockStore {
 
   int rank() const;   ///< in the shard group
   int world() const;  ///< ranks of the shard group
+  at::Device device() const;
   int num_blocks() const;
   int64_t block_bytes(int block) const;  ///< payload
   int64_t shard_bytes(int block) const;  ///< padded bytes on each rank
   int64_t resident_bytes() const;        ///< shards and buffers of this rank
-  /// XXH3-128 over the payload of all blocks in order, as hex: equal at any world size. Collective;
-  /// rank 0 receives every shard once (Traffic::kControl).
+  /// XXH3-128 over the frozen payload of all blocks in order, as hex: equal at any world size.
+  /// Collective; rank 0 receives every shard once (Traffic::kControl).
   std::string hash() const;
 
  private:

@@ -82,50 +82,127 @@ std::vector<at::Tensor> TreeSum::finish() {
   return values;
 }
 
-void tree_all_reduce(Comm& comm, std::span<const at::Tensor> nodes, int64_t num_lanes,
-                     at::Tensor& out) {
+at::Tensor tree_reduce_scatter(Comm& comm, std::span<const at::Tensor> nodes, int64_t num_lanes,
+                               const std::vector<std::vector<Slice>>& slices) {
   const int64_t world = comm.size();
   GRAFT_CHECK(num_lanes > 0 && num_lanes % world == 0, num_lanes, " lanes cannot be shared by ",
               world, " ranks: the lanes of a step must be a multiple of the ranks");
   const int64_t lanes = num_lanes / world;
   std::vector<std::vector<TreeNode>> owned;
-  int64_t most_nodes = 0;
+  int64_t most_nodes = 0, most_elements = 0;
+  std::vector<int64_t> sizes;
   for (int64_t r = 0; r < world; ++r) {
     owned.push_back(maximal_nodes(r * lanes, (r + 1) * lanes, num_lanes));
     most_nodes = std::max(most_nodes, static_cast<int64_t>(owned.back().size()));
+    sizes.push_back(0);
+    for (const Slice& slice : slices[r]) sizes.back() += slice.size();
+    most_elements = std::max(most_elements, sizes.back());
   }
   GRAFT_ASSERT(nodes.size() == owned[comm.rank()].size(), nodes.size(), " values for ",
                owned[comm.rank()].size(), " nodes");
-  if (world == 1) {  // the only node is the root
-    out.copy_(nodes[0]);
-    return;
-  }
 
-  // Padding: a rank's chunk has ceil(n/W) elements and every rank sends `most_nodes` of them, zeros
-  // where it has none.
-  const int64_t size = out.numel();
-  const int64_t chunk = (size + world - 1) / world;
-  at::Tensor sent = at::zeros({world, most_nodes, chunk}, out.options());
-  for (size_t k = 0; k < nodes.size(); ++k) {
-    GRAFT_ASSERT(nodes[k].dim() == 1 && nodes[k].sizes() == out.sizes() &&
-                     nodes[k].scalar_type() == out.scalar_type(),
-                 "node of shape ", nodes[k].sizes(), ", sum of shape ", out.sizes());
-    sent.select(1, k).copy_(
-        at::constant_pad_nd(nodes[k], {0, world * chunk - size}).view({world, chunk}));
+  // Padding: every rank sends and gets `most_elements` of `most_nodes` nodes, zeros where it has
+  // less.
+  at::Tensor sent = at::zeros({world, most_nodes, most_elements}, nodes[0].options());
+  for (int64_t r = 0; r < world; ++r) {
+    for (size_t k = 0; k < nodes.size(); ++k) {
+      int64_t at = 0;
+      for (const Slice& slice : slices[r]) {
+        sent[r][static_cast<int64_t>(k)]
+            .narrow(0, at, slice.size())
+            .copy_(nodes[k].narrow(0, slice.begin, slice.size()));
+        at += slice.size();
+      }
+    }
   }
-  at::Tensor received = at::empty_like(sent);
-  comm.all_to_all(sent, received, Traffic::kReduced);
-
+  at::Tensor received = sent;
+  if (world > 1) {
+    received = at::empty_like(sent);
+    comm.all_to_all(sent, received, Traffic::kReduced);
+  }
   Values values;
   for (int64_t r = 0; r < world; ++r) {
     for (size_t k = 0; k < owned[r].size(); ++k) {
       values[{owned[r][k].level, owned[r][k].index}] = received[r][static_cast<int64_t>(k)];
     }
   }
-  const at::Tensor sum = add_up({root_level(num_lanes), 0}, num_lanes, values);
+  return add_up({root_level(num_lanes), 0}, num_lanes, values).narrow(0, 0, sizes[comm.rank()]);
+}
+
+void tree_all_reduce(Comm& comm, std::span<const at::Tensor> nodes, int64_t num_lanes,
+                     at::Tensor& out) {
+  for (const at::Tensor& node : nodes) {
+    GRAFT_ASSERT(
+        node.dim() == 1 && node.sizes() == out.sizes() && node.scalar_type() == out.scalar_type(),
+        "node of shape ", node.sizes(), ", sum of shape ", out.sizes());
+  }
+  // Each rank adds up one chunk of ceil(n/W) elements.
+  const int64_t world = comm.size(), size = out.numel(), chunk = (size + world - 1) / world;
+  if (world == 1 && nodes.size() == 1) {  // the root
+    out.copy_(nodes[0]);
+    return;
+  }
+  std::vector<std::vector<Slice>> chunks;
+  for (int64_t r = 0; r < world; ++r)
+    chunks.push_back({{std::min(size, r * chunk), std::min(size, (r + 1) * chunk)}});
+  const at::Tensor sum = tree_reduce_scatter(comm, nodes, num_lanes, chunks);
   at::Tensor whole = at::empty({world * chunk}, out.options());
-  comm.all_gather(sum, whole, Traffic::kReduced, kChunkTag)->wait();
+  comm.all_gather(at::constant_pad_nd(sum, {0, chunk - sum.numel()}).contiguous(), whole,
+                  Traffic::kReduced, kChunkTag)
+      ->wait();
   out.copy_(whole.narrow(0, 0, size));
+}
+
+namespace {
+
+constexpr int kSquaresLevel = 18;  // of the nodes that are squared in one piece: 2 MiB of float64
+
+/// A node's value, from the elements [begin, ...) of its vector.
+double squares(const at::Tensor& elements, int64_t begin, TreeNode node) {
+  const int64_t first = (node.index << node.level) - begin, width = int64_t{1} << node.level;
+  if (first >= elements.numel()) return 0;
+  if (node.level > kSquaresLevel) {
+    return squares(elements, begin, {node.level - 1, 2 * node.index}) +
+           squares(elements, begin, {node.level - 1, 2 * node.index + 1});
+  }
+  const int64_t size = std::min(width, elements.numel() - first);
+  at::Tensor sum = at::constant_pad_nd(elements.narrow(0, first, size).to(at::kDouble).square(),
+                                       {0, width - size});
+  for (int level = node.level; level > 0; --level)
+    sum = sum.slice(0, 0, sum.numel(), 2) + sum.slice(0, 1, sum.numel(), 2);
+  return sum.item<double>();
+}
+
+}  // namespace
+
+double tree_sum_of_squares(Comm& comm, std::span<const CutVector> vectors) {
+  std::vector<double> values;  // of the maximal nodes of every slice, those of other ranks zero
+  bool cut = false;
+  for (const CutVector& v : vectors) {
+    cut = cut || v.slices.size() > 1;
+    for (size_t r = 0; r < v.slices.size(); ++r) {
+      const bool mine = v.slices.size() == 1 || static_cast<int>(r) == comm.rank();
+      for (const TreeNode node : maximal_nodes(v.slices[r].begin, v.slices[r].end, v.numel))
+        values.push_back(mine ? squares(v.mine, v.slices[r].begin, node) : 0);
+    }
+  }
+  at::Tensor all = at::tensor(values, at::kDouble);
+  if (cut) {
+    all = all.to(vectors.front().mine.device());
+    comm.all_reduce(all, Traffic::kControl);  // of one number and zeros: exact in any order
+    all = all.cpu();
+  }
+  double total = 0;
+  int64_t at = 0;
+  for (const CutVector& v : vectors) {
+    Values of_nodes;
+    for (const Slice& slice : v.slices) {
+      for (const TreeNode node : maximal_nodes(slice.begin, slice.end, v.numel))
+        of_nodes[{node.level, node.index}] = all[at++];
+    }
+    total += add_up({root_level(v.numel), 0}, v.numel, of_nodes).item<double>();
+  }
+  return total;
 }
 
 }  // namespace graft::dist

@@ -48,6 +48,21 @@ class TreeSum {
   std::vector<Partial> partials_;
 };
 
+/// A part of a flat tensor: elements [begin, end).
+struct Slice {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+/// Sums over all lanes of all ranks: each rank gets its slices of the sum, one after the other,
+/// with the bits of the one-rank tree. Collective.
+/// @param nodes   flat, contiguous float32 or float64, one per maximal node of this rank's lanes
+/// @param slices  of each rank
+/// Each rank receives (W-1) K m elements (Traffic::kReduced), m the most elements of a rank and K
+/// the most nodes.
+at::Tensor tree_reduce_scatter(Comm& comm, std::span<const at::Tensor> nodes, int64_t num_lanes,
+                               const std::vector<std::vector<Slice>>& slices);
+
 /// Sums over all lanes of all ranks: `out` gets the bits of the one-rank tree on every rank.
 /// Collective.
 /// @param nodes  flat, contiguous float32 or float64, one per maximal node of this rank's lanes
@@ -58,5 +73,17 @@ class TreeSum {
 /// @throws graft::Error if `num_lanes` is not a multiple of the number of ranks
 void tree_all_reduce(Comm& comm, std::span<const at::Tensor> nodes, int64_t num_lanes,
                      at::Tensor& out);
+
+/// A vector that is cut over the ranks, or that each of them has whole.
+struct CutVector {
+  int64_t numel;
+  std::vector<Slice> slices;  ///< of each rank, in order; one: every rank has it all
+  at::Tensor mine;            ///< [size of this rank's slice] float32
+};
+
+/// The sum of the squares of all vectors, in float64, each as a tree over its elements: the same
+/// bits wherever they are cut. Collective (Traffic::kControl, a few hundred bytes a vector) if one
+/// is cut.
+double tree_sum_of_squares(Comm& comm, std::span<const CutVector> vectors);
 
 }  // namespace graft::dist

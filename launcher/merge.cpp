@@ -46,7 +46,8 @@ struct Planned {
   std::string name;  ///< Hugging Face's
   at::ScalarType dtype;
   const models::MatchedWeight* from;
-  const AdapterSlot* slot;  ///< with adapters, or null
+  const AdapterSlot* slot;                   ///< with adapters, or null
+  std::function<Tensor()> replacement = {};  ///< gives the tensor that takes the base's place
 
   int64_t bytes() const {
     return from->weight->numel() * static_cast<int64_t>(c10::elementSize(dtype));
@@ -84,15 +85,18 @@ std::map<std::string, const AdapterSlot*> adapted_slots(const peft::SlotMap& slo
       if (!site.slot->empty()) adapted[site.name + ".weight"] = site.slot;
     }
   }
-  GRAFT_CHECK(!adapted.empty(), ExitCode::kData, "merge: the adapters change no matrix");
   return adapted;
 }
 
 /// The tensors to write, in the model's order.
 std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
-                          const peft::SlotMap& slots, const models::ModelInfo& info,
+                          const peft::Peft& adapters, const models::ModelInfo& info,
                           const std::string& dtype) {
+  const peft::SlotMap& slots = adapters.slots();
   auto adapted = adapted_slots(slots);
+  auto replaced = adapters.replaced_weights();
+  GRAFT_CHECK(!adapted.empty() || !replaced.empty(), ExitCode::kData,
+              "merge: the adapters change no matrix");
   const bool untie =
       info.tied_head && (adapted.contains("embed.weight") || adapted.contains("head.weight"));
   const auto slot_of = [&](const std::string& name) {
@@ -101,12 +105,13 @@ std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
   std::vector<Planned> planned;
   for (const models::MatchedWeight& w : weights) {
     const at::ScalarType type = output_dtype(dtype, w.source->dtype);
-    planned.push_back({slots.names->to_hf(w.name)->name, type, &w, slot_of(w.name)});
+    planned.push_back(
+        {slots.names->to_hf(w.name)->name, type, &w, slot_of(w.name), replaced[w.name]});
     // The head reads the untouched table: once the embedding differs from it, or the head does,
     // there are two.
     if (untie && w.name == "embed.weight") {
-      planned.push_back(
-          {slots.names->to_hf("head.weight")->name, type, &w, slot_of("head.weight")});
+      planned.push_back({slots.names->to_hf("head.weight")->name, type, &w, slot_of("head.weight"),
+                         replaced[w.name]});
     }
   }
   return planned;
@@ -120,10 +125,12 @@ Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int6
   Tensor stored = source.read(item.from->source->name);
   if (item.from->transform != models::Transform::kIdentity)
     stored = models::rope_rows_from_gguf(stored, head_dim);
-  if (item.slot == nullptr) return stored.to(item.dtype);
+  if (item.slot == nullptr && !item.replacement) return stored.to(item.dtype);
   const Tensor base = stored.to(at::kFloat);
-  Tensor merged = base;
-  for (const auto& adapter : item.slot->adapters()) merged = adapter->merged(merged);
+  Tensor merged = item.replacement ? item.replacement().to(at::kFloat) : base;
+  if (item.slot != nullptr) {
+    for (const auto& adapter : item.slot->adapters()) merged = adapter->merged(merged);
+  }
   Tensor written = merged.to(item.dtype);
   GRAFT_CHECK(at::isfinite(written).all().item<bool>(), ExitCode::kNumerics, "merge: ", item.name,
               " holds numbers that ", dtype_name(item.dtype),
@@ -275,7 +282,7 @@ MergeReport merge(const MergeOptions& options) {
   const auto weights = models::match_weights(*model, *source);
   SourceWeights base(weights, *source);
   adapters.check_base_copies(base);
-  const auto planned = plan(weights, adapters.slots(), model->info(), options.dtype);
+  const auto planned = plan(weights, adapters, model->info(), options.dtype);
 
   PartialFolder folder(options.output);
   MergeReport report;

@@ -38,6 +38,15 @@ int64_t steps_of_epochs(const data::Loader& loader, double epochs) {
 /// `auto` is decided once, on all ranks alike: they make the same gathers.
 int64_t lanes_per_gather_of(const Run& run, const Workbench& bench, models::Recompute recompute) {
   const int64_t lanes = run.train.gradient_accumulation_steps;
+  if (bench.adapters->params().has_thawed()) {
+    GRAFT_CHECK(
+        !run.parallel.lanes_per_gather.value || *run.parallel.lanes_per_gather.value >= lanes,
+        "parallel.lanes_per_gather = ", *run.parallel.lanes_per_gather.value,
+        ": thawed weights take all ", lanes,
+        " micro-batches of a step in one gather (auto), "
+        "so that each block's gradients leave once");
+    return lanes;
+  }
   if (run.parallel.lanes_per_gather.value)
     return std::min<int64_t>(lanes, *run.parallel.lanes_per_gather.value);
   const int64_t tokens = int64_t{run.train.per_device_train_batch_size} * run.data.max_length;
@@ -129,7 +138,7 @@ Trainer::Trainer(Workbench& bench, const Run& run)
       }()),
       inputs_(input_facts(run, loader_.corpus())),
       gradients_(bench.adapters->params(), bench.model->num_stages(), num_lanes_,
-                 reduction_of(run.parallel.reduction, bench.world.device)),
+                 reduction_of(run.parallel.reduction, bench.world.device), &bench.world.comm()),
       optimizer_(step_rule_of(run.train, bench.adapters->params())),
       schedule_(schedule_of(run, loader_)) {
   check_vocabulary(loader_.corpus(), bench.model->info());
@@ -221,8 +230,8 @@ std::string Trainer::what_is_not_finite(std::span<const models::Lane> lanes) {
     if (stage >= 0 && stage < lowest) lowest = stage, where = of_rank.substr(of_rank.find(' ') + 1);
   }
   if (!where.empty()) return where;
-  const int64_t bad = kernels::first_non_finite(gradients_.flat());
-  return bad < 0 ? "the sum of the gradients" : "the gradient of " + gradients_.where(bad);
+  const std::string bad = gradients_.first_non_finite();
+  return bad.empty() ? "the sum of the gradients" : "the gradient of " + bad;
 }
 
 /// Three steps in a row without finite gradients end the run; one is left out by all ranks alike.
@@ -282,15 +291,14 @@ StepResult Trainer::update(const Sums& sums, std::span<const models::Lane> lanes
   StepResult result;
   result.learning_rate = schedule_(state_.step);
   result.loss = sums.loss / std::max(1.0, sums.targets);
-  result.grad_norm = std::sqrt(kernels::sum_of_squares(gradients_.flat()));
+  result.grad_norm = gradients_.norm();
   result.tokens = static_cast<int64_t>(sums.tokens);
   result.targets = static_cast<int64_t>(sums.targets);
   result.stop_requested = sums.stop;
   const bool usable = sums.targets > 0 && finite(result.loss, result.grad_norm, lanes);
   if (usable) {
     const double limit = run_.train.max_grad_norm;
-    if (limit > 0 && result.grad_norm > limit)
-      gradients_.flat().mul_(limit / (result.grad_norm + 1e-6));
+    if (limit > 0 && result.grad_norm > limit) gradients_.scale(limit / (result.grad_norm + 1e-6));
     optimizer_->step(gradients_.of(), result.learning_rate);
     bench_.adapters->after_step(info);
   }

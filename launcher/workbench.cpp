@@ -91,6 +91,17 @@ std::vector<models::Lane> first_rows(const Run& run, const World& world, int64_t
   return lanes;
 }
 
+/// A run that asks for 4 bits and thaws every matrix would have none.
+void check_something_is_quantised(models::Model& model, const RunConfig& config) {
+  bool any = config.model.quantization == "none";
+  models::for_each_weight(model, [&](int, const std::string&, const models::Weight& w) {
+    any = any || (w.use() == models::WeightUse::kMatrix && !w.is_trained());
+  });
+  GRAFT_CHECK(any, "model.quantization: ", config.model.quantization,
+              " has nothing to quantise: every matrix is trained, and those are kept "
+              "unquantised; set model.quantization: none, or thaw fewer layers (freeze_layers)");
+}
+
 void load_base(Workbench& bench, const Run& config) {
   models::LoadOptions options;
   options.quantization = quantization_of(config.model.quantization);
@@ -148,6 +159,7 @@ Workbench build_workbench(World& world, Run& config, const std::string& resume) 
   for (const std::string& directory : config.model.adapters.values)
     bench.adapters->attach_frozen(directory);
   bench.adapters->attach(config.peft, resume);
+  check_something_is_quantised(*bench.model, config);
   bench.shard_comm = make_shard_comm(world, config.parallel.shard);
   load_base(bench, config);
   bench.adapters->initialize(*bench.base_weights());

@@ -13,6 +13,7 @@ namespace {
 
 WeightFormat format_of(const MatchedWeight& item, const LoadOptions& options) {
   using Kind = WeightFormat::Kind;
+  if (item.weight->thawed() != Thaw::kNothing) return {Kind::kDense, false, options.compute_dtype};
   if (item.weight->use() == WeightUse::kMatrix && options.quantization != Quantization::kNone) {
     const Kind kind = options.quantization == Quantization::kNf4   ? Kind::kNf4
                       : options.quantization == Quantization::kFp4 ? Kind::kFp4
@@ -26,20 +27,27 @@ WeightFormat format_of(const MatchedWeight& item, const LoadOptions& options) {
   return {Kind::kDense, false, options.compute_dtype};
 }
 
-/// Gives every weight its bytes in the store.
+/// Gives every weight its bytes in the store: in each block those that are trained come last.
 void lay_out(const std::vector<MatchedWeight>& items, Model& model, dist::BlockStore& store,
              const LoadOptions& options) {
   constexpr int64_t kAlignment = 64;
   for (const int buffers : model.pools()) store.add_pool(buffers);
   std::vector<int64_t> bytes(static_cast<size_t>(model.num_blocks()), 0);
-  for (const MatchedWeight& item : items) {
-    int64_t& end = bytes[static_cast<size_t>(item.block)];
-    const int64_t size = item.weight->set_format(format_of(item, options), options.compute_dtype);
-    item.weight->place(store, item.block, end);
-    end += (size + kAlignment - 1) / kAlignment * kAlignment;
-  }
+  const auto place = [&](bool trained) {
+    for (const MatchedWeight& item : items) {
+      if (item.weight->is_trained() != trained) continue;
+      int64_t& end = bytes[static_cast<size_t>(item.block)];
+      const int64_t size = item.weight->set_format(format_of(item, options), options.compute_dtype);
+      item.weight->place(store, item.block, end);
+      end += (size + kAlignment - 1) / kAlignment * kAlignment;
+    }
+  };
+  place(false);
+  const std::vector<int64_t> frozen_bytes = bytes;
+  place(true);
   for (int b = 0; b < model.num_blocks(); ++b) {
-    store.add_block(bytes[static_cast<size_t>(b)], model.block(b).pool);
+    const auto i = static_cast<size_t>(b);
+    store.add_block(bytes[i], model.block(b).pool, frozen_bytes[i]);
   }
   store.allocate();
 }

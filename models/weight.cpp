@@ -1,6 +1,7 @@
 #include "models/weight.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <cstring>
 
@@ -23,6 +24,18 @@ void put(const Tensor& payload, int64_t at, const Tensor& part) {
   const Tensor source = part.contiguous();
   std::memcpy(payload.mutable_data_ptr<uint8_t>() + at, source.const_data_ptr(), source.nbytes());
 }
+
+/// The values of a vector, whose gradient is its leaf's.
+struct InGraph : torch::autograd::Function<InGraph> {
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor& /*leaf*/,
+                        const Weight* weight) {
+    return weight->dense().clone();  // the lanes of a pin share one copy, a graph wants its own
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 torch::autograd::variable_list d) {
+    return {d[0], Tensor()};
+  }
+};
 
 }  // namespace
 
@@ -77,6 +90,10 @@ void Weight::place(dist::BlockStore& store, int block, int64_t offset) {
   block_ = block;
   offset_ = offset;
   nested_offset_.reset();
+  master_ = Tensor();  // of another store
+  if (!is_trained()) return;
+  const auto options = at::TensorOptions().dtype(at::kFloat).device(store.device());
+  leaf_ = at::zeros({1}, options).expand(shape_).set_requires_grad(true);
 }
 
 Tensor Weight::encode(const Tensor& dense) const {
@@ -125,6 +142,41 @@ Tensor Weight::dense() const {
 void Weight::drop() const {
   kept_ = false;
   kept_copy_ = Tensor();
+}
+
+Tensor Weight::value() const {
+  GRAFT_ASSERT(use_ == WeightUse::kVector, "a matrix in the graph would outlive its pin");
+  return is_trained() ? InGraph::apply(leaf_, this) : dense();
+}
+
+std::vector<ElementRange> Weight::ranges() const {
+  const auto size = static_cast<int64_t>(c10::elementSize(format_.dtype));
+  std::vector<ElementRange> ranges(static_cast<size_t>(store_->world()));
+  for (const auto& piece : store_->pieces(block_, offset_, payload_bytes_)) {
+    ranges[static_cast<size_t>(piece.rank)] = {(piece.begin - offset_) / size,
+                                               (piece.end - offset_) / size};
+  }
+  return ranges;
+}
+
+ElementRange Weight::own_range() const { return ranges()[static_cast<size_t>(store_->rank())]; }
+
+const Tensor& Weight::master() {
+  GRAFT_ASSERT(store_ != nullptr && thaw_ != Thaw::kNothing, "the master of a frozen weight");
+  if (!master_.defined()) master_ = own_bytes().view(format_.dtype).to(at::kFloat);
+  return master_;
+}
+
+void Weight::publish() {
+  if (format_.dtype != at::kFloat) own_bytes().view(format_.dtype).copy_(master_);
+  store_->changed(block_);
+}
+
+Tensor Weight::collect() {
+  std::vector<int64_t> sizes;
+  for (const ElementRange& range : ranges()) sizes.push_back(range.size());
+  const Tensor whole = store_->collect(master(), sizes);
+  return whole.defined() ? whole.view(shape_) : whole;
 }
 
 Tensor Weight::rows(const Tensor& ids) const {

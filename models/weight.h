@@ -1,7 +1,9 @@
-// Weight: a frozen matrix or vector behind one handle, whatever its storage: dense, 4-bit or 8-bit,
-// local or sharded. The bytes live in a BlockStore; dense() rebuilds the tensor from the pinned
-// block each time it is asked, so neither autograd nor a model ever holds a dense copy for longer
-// than the block's pin.
+// Weight: a matrix or vector of the base behind one handle, whatever its storage: dense, 4-bit or
+// 8-bit, local or sharded. The bytes live in a BlockStore; dense() rebuilds the tensor from the
+// pinned block each time it is asked, so neither autograd nor a model ever holds a dense copy for
+// longer than the block's pin. A thawed weight is trained where it lies (storage class S): every
+// rank keeps a float32 master of the elements whose bytes it owns, the block holds all of them in
+// the compute dtype, and a leaf without memory stands for the tensor in autograd's graph.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,6 +43,19 @@ struct WeightFormat {
   std::string name() const;
 };
 
+/// What may write a weight once it is loaded. All but kNothing store it dense.
+enum class Thaw {
+  kNothing,  ///< frozen
+  kFile,     ///< a saved adapter's tensor takes its place, once
+  kSteps,    ///< the optimiser: it is trained
+};
+
+/// Elements [begin, end) of a tensor in row-major order.
+struct ElementRange {
+  int64_t begin = 0, end = 0;
+  int64_t size() const { return end - begin; }
+};
+
 class Weight {
  public:
   Weight() = default;
@@ -54,12 +69,33 @@ class Weight {
   /// The tensor in the compute dtype, on the store's device. The block must be pinned.
   /// A matrix may be a view into the gather buffer: use it now, never save it for backward.
   Tensor dense() const;
+  /// A vector as dense(), in the graph of a trained weight.
+  Tensor value() const;
   /// Rows `ids` [...] of a dense table [V, D] -> [..., D] in the compute dtype, without touching
   /// the others.
   Tensor rows(const Tensor& ids) const;
   /// Between keep() and drop() dense() makes its copy once: all lanes of a pin share it.
   void keep() const { kept_ = true; }
   void drop() const;
+
+  // --- thawed ----------------------------------------------------------------------------------
+  /// Before the weight is loaded.
+  void thaw(Thaw by) { thaw_ = by; }
+  Thaw thawed() const { return thaw_; }
+  bool is_trained() const { return thaw_ == Thaw::kSteps; }
+  bool is_loaded() const { return store_ != nullptr; }
+  /// Stands for the weight in autograd's graph: a float32 leaf of its shape that has no memory.
+  /// Undefined unless it is trained and loaded.
+  const Tensor& leaf() const { return leaf_; }
+  /// The elements of each rank of the shard group; all of them where the base is replicated.
+  std::vector<ElementRange> ranges() const;
+  ElementRange own_range() const;
+  /// The float32 values of own_range(), to be written in place; publish() then puts them into the
+  /// block, on every rank. Of a weight that is stored in float32 they are the block's own bytes.
+  const Tensor& master();
+  void publish();
+  /// The whole tensor in float32 on rank 0, undefined on others. Collective.
+  Tensor collect();
 
   // --- filled by the loader --------------------------------------------------------------------
   /// Fixes format and compute dtype. @return the bytes it will take in its block
@@ -89,11 +125,14 @@ class Weight {
   /// The tensor of a payload. @param bytes  gives a range of it
   using Bytes = std::function<Tensor(int64_t begin, int64_t end)>;
   Tensor rebuild(const Bytes& bytes, std::optional<float>& nested_offset) const;
+  Tensor own_bytes() const { return store_->own(block_, offset_, payload_bytes_); }
 
   std::vector<int64_t> shape_;
   WeightUse use_ = WeightUse::kMatrix;
   WeightFormat format_;
   at::ScalarType compute_dtype_ = at::ScalarType::Float;
+  Thaw thaw_ = Thaw::kNothing;
+  Tensor leaf_, master_;
   dist::BlockStore* store_ = nullptr;
   int block_ = -1;
   int64_t offset_ = 0, payload_bytes_ = 0;

@@ -121,15 +121,16 @@ std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params,
   std::vector<std::string> problems;
   std::set<std::string, std::less<>> wanted;
   std::vector<Tensor> values;
-  const auto read_one = [&](const std::string& key, const Tensor& like, bool may_be_left_out) {
+  const auto read_one = [&](const std::string& key, const Tensor& like, at::IntArrayRef shape,
+                            bool may_be_left_out) {
     wanted.insert(key);
     values.emplace_back();
     const auto* entry = file_.find(key);
     if (entry == nullptr) {
       if (!may_be_left_out) problems.push_back("missing: " + key);
-    } else if (entry->shape != like.sizes()) {
+    } else if (entry->shape != shape) {
       problems.push_back(detail::concat("shape: ", key, " is ", at::IntArrayRef(entry->shape),
-                                        ", expected ", like.sizes()));
+                                        ", expected ", shape));
     } else if (like.is_floating_point() && !is_adapter_dtype(entry->dtype)) {
       problems.push_back("dtype: " + key + " is " + entry->dtype + ", expected " +
                          configs::join({std::begin(kFloats), std::end(kFloats)}, ", "));
@@ -140,9 +141,15 @@ std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params,
       if (!at::isfinite(values.back()).all().item<bool>()) problems.push_back("not finite: " + key);
     }
   };
-  for (const Param& param : params) read_one(param.hf_key, param.saved(), param.value.numel() == 0);
+  for (const Param& param : params) {
+    const bool thawed = param.thawed != nullptr;
+    const Tensor like = thawed ? param.value : param.saved();
+    read_one(param.hf_key, like, thawed ? param.thawed->shape() : like.sizes(),
+             !thawed && like.numel() == 0);
+    if (thawed) values.back() = Tensor();
+  }
   for (const Constant& constant : constants)
-    read_one(constant.hf_key, constant.value, constant.may_be_left_out);
+    read_one(constant.hf_key, constant.value, constant.value.sizes(), constant.may_be_left_out);
   for (const auto& entry : file_.entries()) {
     if (!wanted.contains(entry.name) && !entry.name.ends_with(kBaseCopy))
       problems.push_back("unknown: " + entry.name);

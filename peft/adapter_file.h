@@ -48,11 +48,14 @@ class AdapterFile {
   /// place of a block's.
   void check_modules(const SlotMap& slots) const;
   /// What the file holds for `params` and then for `constants`, in their order; undefined for a
-  /// constant that it leaves out and a parameter without elements.
+  /// constant that it leaves out, for a parameter without elements, and for a thawed weight, which
+  /// is checked and left to tensor().
   /// Copies of base matrices are left to check_modules and check_base_copies.
   /// @throws graft::Error (kData) with the missing, unknown and misshapen tensors
   std::vector<Tensor> read(const std::vector<Param>& params,
                            const std::vector<Constant>& constants = {}) const;
+  /// One tensor as it is in the file.
+  Tensor tensor(const std::string& key) const { return file_.read(key); }
   /// PEFT saves the frozen matrix beside an adapted embedding or head, and loads it over the
   /// base's. Collective, as BaseWeights is.
   /// @throws graft::Error (kData) for a copy that is not the base's matrix

@@ -4,6 +4,8 @@
 
 #include <optional>
 
+#include "configs/check.h"
+
 namespace graft::peft {
 
 void attach_linear(AttachContext& context, const LinearSite& site,
@@ -37,6 +39,19 @@ void list_tensors(AttachContext& context, const torch::nn::Module& module, const
     if (const auto leaf = leaf_of(buffer.key()))
       context.params.add(Constant{name + buffer.key(), key + *leaf, buffer.value()});
   }
+}
+
+void thaw(AttachContext& context, const WeightSite& site) {
+  GRAFT_CHECK(site.weight->thawed() == models::Thaw::kNothing, "peft: ", site.name,
+              " is thawed by two methods; one of them is enough");
+  site.weight->thaw(models::Thaw::kSteps);
+  Param param;
+  param.name = context.prefix + site.name;
+  param.hf_key = site.hf_name;
+  param.value = at::empty({0}, at::TensorOptions().dtype(at::kFloat).device(context.device));
+  param.stage = site.stage, param.last_stage = site.last_stage;
+  param.thawed = site.weight;
+  context.params.add(std::move(param));
 }
 
 kernels::Key site_key(const AttachContext& context, const std::string& slot) {

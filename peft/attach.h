@@ -36,6 +36,11 @@ struct TensorPlace {
 void list_tensors(AttachContext& context, const torch::nn::Module& module, const TensorPlace& place,
                   const std::vector<Leaf>& leaves, const LearningRateFactor& factor = {});
 
+/// Trains a tensor of the base itself, unquantised and cut over the ranks as its block is (storage
+/// class S). In files it has Hugging Face's name.
+/// @throws graft::Error (kUsage) if a method before has thawed it
+void thaw(AttachContext& context, const WeightSite& site);
+
 /// The key of a slot's initial values.
 kernels::Key site_key(const AttachContext& context, const std::string& slot);
 inline kernels::Key site_key(const AttachContext& context, const LinearSite& site) {

@@ -26,9 +26,11 @@ void Param::set(const Tensor& saved) const {
 
 void ParamSet::add(Param param) {
   GRAFT_ASSERT(names_.insert(param.name).second, "two parameters named ", param.name);
-  GRAFT_ASSERT(param.value.scalar_type() == at::kFloat && param.value.is_leaf(), param.name);
   GRAFT_ASSERT(param.stage <= param.last_stage, param.name);
-  param.value.set_requires_grad(true);
+  if (param.thawed == nullptr) {
+    GRAFT_ASSERT(param.value.scalar_type() == at::kFloat && param.value.is_leaf(), param.name);
+    param.value.set_requires_grad(true);
+  }
   params_.push_back(std::move(param));
 }
 
@@ -47,8 +49,24 @@ void ParamSet::set_tail(const std::string& name, Tensor tail, int64_t dim) {
 
 int64_t ParamSet::numel() const {
   int64_t n = 0;
-  for (const Param& p : params_) n += p.value.numel();
+  for (const Param& p : params_) n += p.numel();
   return n;
+}
+
+bool ParamSet::has_thawed() const {
+  return std::any_of(params_.begin(), params_.end(), [](auto& p) { return p.thawed != nullptr; });
+}
+
+void ParamSet::bind_thawed() {
+  for (Param& p : params_) {
+    if (p.thawed != nullptr) p.value = p.thawed->master();
+  }
+}
+
+void ParamSet::publish_thawed() {
+  for (const Param& p : params_) {
+    if (p.thawed != nullptr) p.thawed->publish();
+  }
 }
 
 int ParamSet::lowest_stage() const {
@@ -57,10 +75,14 @@ int ParamSet::lowest_stage() const {
   return lowest;
 }
 
-std::string ParamSet::hash() const {
+std::string ParamSet::hash() const { return hash(true); }
+std::string ParamSet::replicated_hash() const { return hash(false); }
+
+std::string ParamSet::hash(bool with_thawed) const {
   XXH3_state_t* state = XXH3_createState();
   XXH3_128bits_reset(state);
   for (const Param& p : params_) {
+    if (p.thawed != nullptr && !with_thawed) continue;
     const Tensor bytes = p.value.detach().cpu().contiguous();
     XXH3_128bits_update(state, p.name.data(), p.name.size());
     XXH3_128bits_update(state, bytes.const_data_ptr(), bytes.nbytes());

@@ -1,5 +1,7 @@
 // ParamSet: everything trainable, in a fixed order: the order of gradients, of moments and of what
-// is saved; and the constants that are saved beside it.
+// is saved; and the constants that are saved beside it. Most of it is replicated (storage class R);
+// a thawed weight of the base is cut over the ranks as its block is (class S): every rank trains
+// the elements it owns.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "models/weight.h"
+
 namespace graft::peft {
 
 using at::Tensor;
@@ -18,7 +22,7 @@ struct Param {
   std::string name;  ///< "0.block.3.attn.q.lora_a": method's place in the list, slot, leaf
   std::string
       hf_key;     ///< in files: "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
-  Tensor value;   ///< float32 leaf that requires grad
+  Tensor value;   ///< float32 leaf that requires grad; of a thawed weight its master, once loaded
   int stage = 0;  ///< where the trunk finds its gradient
   /// The last stage that uses it, if there are several: its gradient is the sum over them.
   int last_stage = stage;
@@ -27,7 +31,11 @@ struct Param {
   /// none.
   Tensor tail = {};
   int64_t tail_dim = 0;
+  models::Weight* thawed = nullptr;  ///< class S
 
+  int64_t numel() const { return thawed == nullptr ? value.numel() : thawed->numel(); }
+  /// Of several ranks each has a part of it.
+  bool is_cut() const { return thawed != nullptr && thawed->ranges().size() > 1; }
   /// The value as files hold it.
   Tensor saved() const;
   /// Sets value and tail from what a file holds.
@@ -52,12 +60,20 @@ class ParamSet {
   const std::vector<Param>& all() const { return params_; }
   const std::vector<Constant>& constants() const { return constants_; }
   bool empty() const { return params_.empty(); }
-  int64_t numel() const;
+  int64_t numel() const;  ///< over all ranks
+  bool has_thawed() const;
+  /// The base is loaded: thawed weights get their values. publish(): those have changed.
+  void bind_thawed();
+  void publish_thawed();
   int lowest_stage() const;  ///< of an empty set: INT_MAX
-  /// XXH3-128 over names and bytes, hex: equal on all ranks, or one of them is broken.
+  /// XXH3-128 over names and bytes, hex. Of the replicated ones: equal on all ranks, or one of them
+  /// is broken.
   std::string hash() const;
+  std::string replicated_hash() const;
 
  private:
+  std::string hash(bool with_thawed) const;
+
   std::vector<Param> params_;
   std::vector<Constant> constants_;
   std::unordered_set<std::string> names_;

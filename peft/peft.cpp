@@ -17,11 +17,16 @@ constexpr size_t kMostMethods = 64;  // one takes memory and a line of the confi
 
 /// @param values  of the params, then of the constants; undefined: it keeps its own, or has no
 ///                elements
+/// @param file    holds thawed weights, which are read one at a time, once the base is loaded
 void set_values(const std::vector<Param>& params, const std::vector<Constant>& constants,
-                const std::vector<Tensor>& values) {
+                const std::vector<Tensor>& values, const AdapterFile& file) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < params.size(); ++i) {
     if (values[i].defined()) params[i].set(values[i]);
+    if (params[i].thawed == nullptr || !params[i].thawed->is_loaded()) continue;
+    const auto own = params[i].thawed->own_range();
+    params[i].value.copy_(file.tensor(params[i].hf_key).flatten().slice(0, own.begin, own.end));
+    params[i].thawed->publish();
   }
   for (size_t i = 0; i < constants.size(); ++i) {
     if (const Tensor& value = values[params.size() + i]; value.defined())
@@ -30,7 +35,7 @@ void set_values(const std::vector<Param>& params, const std::vector<Constant>& c
 }
 
 void set_values(const ParamSet& set, const AdapterFile& file) {
-  set_values(set.all(), set.constants(), file.read(set.all(), set.constants()));
+  set_values(set.all(), set.constants(), file.read(set.all(), set.constants()), file);
 }
 
 bool is_within(const configs::Bound& bound, const configs::Node& value) {
@@ -73,7 +78,10 @@ void Peft::attach_frozen(const std::string& directory) {
     throw Error(error.code() == ExitCode::kUsage ? ExitCode::kData : error.code(),
                 directory + ": " + error.what());
   }
-  for (const Param& param : frozen.params.all()) param.value.set_requires_grad(false);
+  for (const Param& param : frozen.params.all()) {
+    param.value.set_requires_grad(false);
+    if (param.thawed != nullptr) param.thawed->thaw(models::Thaw::kFile);
+  }
   set_values(frozen.params, file);
   frozen_.push_back(std::move(frozen));
 }
@@ -95,11 +103,29 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
                       params_.constants().size() - first_constant, entry.init_from.value_or(""),
                       !from.empty()});
   const Trained& part = trained_.back();
+  check_thawed_alone();
   if (from.empty()) return;
   // Now, because how the base is stored may depend on them.
   const auto params = params_of(part);
   const auto constants = constants_of(part);
-  set_values(params, constants, AdapterFile(from).read(params, constants));
+  const AdapterFile file(from);
+  set_values(params, constants, file.read(params, constants), file);
+}
+
+/// An adapter that computes with the matrix would take it for a constant.
+void Peft::check_thawed_alone() const {
+  for (const WeightSite& weight : slots_.weights) {
+    if (!weight.weight->is_trained()) continue;
+    for (const auto* sites : {&slots_.linears, &slots_.gains}) {
+      for (const LinearSite& site : *sites) {
+        const bool shares_table = site.name == "head" && model_.info().tied_head;
+        const std::string table = shares_table ? "embed" : site.name;
+        GRAFT_CHECK(site.slot->empty() || !weight.name.starts_with(table + "."),
+                    "peft: ", weight.name, " is trained whole, and ", site.name,
+                    " has an adapter too; leave it out of one of them");
+      }
+    }
+  }
 }
 
 void Peft::attach(std::vector<MethodEntry>& entries, const std::string& resume) {
@@ -150,6 +176,8 @@ void Peft::base_is_prepared() {
 }
 
 void Peft::initialize(BaseWeights& base) {
+  for (Frozen& frozen : frozen_) frozen.params.bind_thawed();
+  params_.bind_thawed();
   check_base_copies(base);
   for (const Frozen& frozen : frozen_) {
     frozen.method->initialize(
@@ -161,7 +189,8 @@ void Peft::initialize(BaseWeights& base) {
     if (part.init_from.empty()) continue;
     const auto params = params_of(part);
     const auto constants = constants_of(part);
-    set_values(params, constants, AdapterFile(part.init_from).read(params, constants));
+    const AdapterFile file(part.init_from);
+    set_values(params, constants, file.read(params, constants), file);
   }
 }
 
@@ -179,6 +208,7 @@ void Peft::after_reduce(const StepInfo& info) {
 
 void Peft::after_step(const StepInfo& info) {
   for (const Trained& part : trained_) part.method->after_step(info);
+  params_.publish_thawed();
 }
 
 Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
@@ -197,12 +227,31 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   facts.update({{"method", part.name}, {"base_fingerprint", base.fingerprint}});
   saved.metadata = {{"format", "pt"}, {kFactsKey, facts.dump()}};
   for (const Param& param : params_of(part)) {
-    if (param.value.numel() > 0) saved.tensors.emplace_back(param.hf_key, param.saved().cpu());
+    if (param.thawed != nullptr) {
+      saved.thawed.emplace_back(param.hf_key, param.thawed);
+    } else if (param.value.numel() > 0) {
+      saved.tensors.emplace_back(param.hf_key, param.saved().cpu());
+    }
   }
   for (const Constant& constant : constants_of(part)) {
     if (constant.is_saved) saved.tensors.emplace_back(constant.hf_key, constant.value.cpu());
   }
   return saved;
+}
+
+std::map<std::string, std::function<Tensor()>> Peft::replaced_weights() const {
+  std::map<std::string, std::function<Tensor()>> replaced;
+  for (const Frozen& frozen : frozen_) {
+    for (const Param& param : frozen.params.all()) {
+      for (const WeightSite& site : slots_.weights) {
+        if (site.weight != param.thawed) continue;
+        replaced[site.name] = [directory = frozen.directory, key = param.hf_key] {
+          return AdapterFile(directory).tensor(key);
+        };
+      }
+    }
+  }
+  return replaced;
 }
 
 void Peft::load(const std::string& directory) {
@@ -211,8 +260,10 @@ void Peft::load(const std::string& directory) {
     const AdapterFile file(part_directory(directory, i, trained_.size()));
     values.push_back(file.read(params_of(trained_[i]), constants_of(trained_[i])));
   }
-  for (size_t i = 0; i < trained_.size(); ++i)
-    set_values(params_of(trained_[i]), constants_of(trained_[i]), values[i]);
+  for (size_t i = 0; i < trained_.size(); ++i) {
+    set_values(params_of(trained_[i]), constants_of(trained_[i]), values[i],
+               AdapterFile(part_directory(directory, i, trained_.size())));
+  }
 }
 
 std::vector<Param> Peft::params_of(const Trained& part) const {

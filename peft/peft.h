@@ -2,6 +2,8 @@
 // them in order, lists what is trained, saves and loads directories in HF PEFT's layout.
 #pragma once
 
+#include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -58,13 +60,20 @@ class Peft {
   const SlotMap& slots() const { return slots_; }
   void after_reduce(const StepInfo& info);
   void after_step(const StepInfo& info);
+  /// Parameters were written by other hands than an optimiser's before after_step().
+  void publish() { params_.publish_thawed(); }
 
   /// The files of one adapter.
   struct Saved {
     nlohmann::json config;  ///< adapter_config.json
     models::io::NamedTensors tensors;
+    /// Of the same file: collect() gives them, one at a time and on all ranks.
+    std::vector<std::pair<std::string, models::Weight*>> thawed;
     models::io::SafetensorsMetadata metadata;  ///< of the tensors' file; kFactsKey: what is ours
   };
+  /// Tensors of the base that attached directories replace, by our name; each is read when called.
+  std::map<std::string, std::function<Tensor()>> replaced_weights() const;
+
   size_t num_trained() const { return trained_.size(); }
   Saved save(size_t index, const BaseFacts& base) const;
   /// Values of every trained parameter from an adapter directory (or its numbered parts), all or
@@ -85,6 +94,7 @@ class Peft {
     std::string directory;
   };
   std::vector<Method*> all() const;  ///< innermost first
+  void check_thawed_alone() const;
   std::vector<Param> params_of(const Trained& part) const;
   std::vector<Constant> constants_of(const Trained& part) const;
 

@@ -1,9 +1,16 @@
 #include "peft/slot_map.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 namespace graft::peft {
 namespace {
+
+/// -1 outside of the blocks.
+int layer_of(const std::string& name) {
+  constexpr std::string_view kBlock = "block.";
+  return name.starts_with(kBlock) ? std::atoi(name.c_str() + kBlock.size()) : -1;
+}
 
 struct Collect : models::Visitor {
   SlotMap& map;
@@ -15,9 +22,8 @@ struct Collect : models::Visitor {
     return {name, models::role_of(name), stage, &slot};
   }
   void slot(const models::LinearInfo& info, models::Slot<models::LinearAdapter>& s) override {
-    constexpr std::string_view kBlock = "block.";
-    LinearSite linear{{site(info.name, s)}, info, -1, map.names->hf_module(info.name)};
-    if (info.name.starts_with(kBlock)) linear.layer = std::atoi(info.name.c_str() + kBlock.size());
+    LinearSite linear{
+        {site(info.name, s)}, info, layer_of(info.name), map.names->hf_module(info.name)};
     (info.kind == models::LinearKind::kGain ? map.gains : map.linears).push_back(std::move(linear));
   }
   void slot(const std::string& n, models::Slot<models::SublayerAdapter>& s) override {
@@ -47,6 +53,16 @@ SlotMap::SlotMap(models::Model& model) : names(&model.names()) {
   for (collect.stage = 0; collect.stage < model.num_stages(); ++collect.stage) {
     model.visit_slots(collect.stage, collect);
   }
+  models::for_each_weight(model, [&](int block, const std::string& name, models::Weight& w) {
+    WeightSite site{name, names->to_hf(name)->name, layer_of(name), model.num_stages(), -1, &w};
+    for (int s = 0; s < model.num_stages(); ++s) {
+      const std::vector<int> blocks = model.blocks_of(s);
+      if (std::find(blocks.begin(), blocks.end(), block) == blocks.end()) continue;
+      site.stage = std::min(site.stage, s);
+      site.last_stage = s;
+    }
+    weights.push_back(std::move(site));
+  });
 }
 
 const LinearSite* SlotMap::find_linear(const std::string& name) const {

@@ -26,6 +26,15 @@ struct LinearSite : Site<models::LinearAdapter> {
   std::string hf_path;  ///< "model.layers.3.self_attn.q_proj"
 };
 
+/// A tensor of the base, for methods that thaw it.
+struct WeightSite {
+  std::string name;               ///< "block.3.attn.q.weight"
+  std::string hf_name;            ///< "model.layers.3.self_attn.q_proj.weight"
+  int layer = -1;                 ///< -1 outside of the blocks
+  int stage = 0, last_stage = 0;  ///< the stages that use it: a tied table has two
+  models::Weight* weight = nullptr;
+};
+
 struct SlotMap {
   explicit SlotMap(models::Model& model);
 
@@ -37,6 +46,7 @@ struct SlotMap {
   std::vector<Site<models::TensorAdapter>> tensors;
   std::vector<Site<models::CarryAdapter>> carries;
   std::vector<Site<models::LossAdapter>> losses;
+  std::vector<WeightSite> weights;
   const models::NameMap* names = nullptr;
 
   const LinearSite* find_linear(const std::string& name) const;

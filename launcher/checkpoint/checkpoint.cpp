@@ -1,8 +1,10 @@
 #include "launcher/checkpoint/checkpoint.h"
 
 #include <algorithm>
+#include <exception>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -141,23 +143,59 @@ void together(World& world, F action) {
 /// Ranks hold the same adapter, or one of them computes wrongly: better no checkpoint than a false
 /// one.
 void check_same_adapter(const Workbench& bench, int64_t step) {
-  const auto hashes = dist::gather_texts(*bench.world.host, bench.adapters->params().hash());
+  const auto hashes =
+      dist::gather_texts(*bench.world.host, bench.adapters->params().replicated_hash());
   for (size_t r = 0; r < hashes.size(); ++r) {
     GRAFT_CHECK(hashes[r] == hashes[0], ExitCode::kNumerics, "step ", step,
                 ": the adapter of rank ", r, " differs from rank 0's; nothing was saved");
   }
 }
 
+/// Writes an adapter's tensors on rank 0. Thawed weights come from all ranks, one at a time; they
+/// go on coming when rank 0 cannot write, so that no rank is left waiting for it.
+void write_tensors(const std::string& path, const peft::Peft::Saved& saved, const World& world) {
+  std::vector<models::io::ComingTensor> tensors;
+  for (const auto& [name, tensor] : saved.tensors) {
+    tensors.push_back(
+        {name, tensor.scalar_type(), tensor.sizes().vec(), [&tensor = tensor] { return tensor; }});
+  }
+  for (const auto& [name, weight] : saved.thawed)
+    tensors.push_back({name, at::kFloat, weight->shape(), [w = weight] { return w->collect(); }});
+  bool begun = false;
+  std::exception_ptr failure;
+  const auto write_to = [&](const models::io::ByteSink& sink) {
+    begun = true;
+    models::io::write_safetensors(
+        [&](std::span<const std::byte> bytes) {
+          try {
+            if (!failure && sink) sink(bytes);
+          } catch (...) {
+            failure = std::current_exception();
+          }
+        },
+        tensors, saved.metadata);
+    if (failure) std::rethrow_exception(failure);
+  };
+  if (world.rank() != 0) return write_to({});
+  try {
+    models::io::write_file(path, write_to);
+  } catch (...) {
+    if (!begun) write_to({});
+    throw;
+  }
+}
+
+/// Collective where weights are thawed; rank 0 writes.
 void write_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
   const peft::BaseFacts base{run.model.name_or_path, "CAUSAL_LM", bench.fingerprint,
                              run.model.revision.value_or("")};
   for (size_t i = 0; i < bench.adapters->num_trained(); ++i) {
     const std::string part = peft::part_directory(directory, i, bench.adapters->num_trained());
-    fs::create_directories(part);
     const auto saved = bench.adapters->save(i, base);
-    models::io::write_safetensors(part + "/adapter_model.safetensors", saved.tensors,
-                                  saved.metadata);
-    write_text(part + "/adapter_config.json", saved.config.dump(2) + "\n");
+    if (bench.world.rank() == 0) fs::create_directories(part);
+    write_tensors(part + "/adapter_model.safetensors", saved, bench.world);
+    if (bench.world.rank() == 0)
+      write_text(part + "/adapter_config.json", saved.config.dump(2) + "\n");
   }
 }
 
@@ -167,8 +205,8 @@ void write_parts(const std::string& directory, const Workbench& bench, Trainer& 
   const World& world = bench.world;
   save_moments(directory, world.rank(), world.size(), bench.adapters->params(),
                trainer.optimizer());
-  if (world.rank() != 0) return;
   write_adapter(directory, bench, run);
+  if (world.rank() != 0) return;
   write_text(directory + "/config.yaml", configs::dump(run));
   write_text(directory + "/" + kTrainerFile, trainer_state(trainer, bench, run).dump(2) + "\n");
 }
@@ -268,9 +306,10 @@ void load_best_adapter(const OutputDirectory& output, Workbench& bench, Trainer&
 }
 
 void save_adapter(const OutputDirectory& output, const Workbench& bench, const Run& run) {
-  FolderReplacement folder(output.adapter_path());
-  write_adapter(folder.partial_path(), bench, run);
-  folder.commit();
+  std::optional<FolderReplacement> folder;
+  if (bench.world.rank() == 0) folder.emplace(output.adapter_path());
+  write_adapter(FolderReplacement::partial_path(output.adapter_path()), bench, run);
+  if (folder) folder->commit();
 }
 
 }  // namespace graft::launcher

@@ -41,7 +41,7 @@ void save_checkpoint(OutputDirectory& output, Workbench& bench, Trainer& trainer
 void load_best_adapter(const OutputDirectory& output, Workbench& bench, Trainer& trainer);
 
 /// Writes the trained adapters in PEFT's layout into output_dir/adapter, which changes as a whole.
-/// Rank 0.
+/// Collective.
 void save_adapter(const OutputDirectory& output, const Workbench& bench, const Run& run);
 
 }  // namespace graft::launcher

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include "configs/check.h"
 #include "kernels/adamw/adamw.h"
 #include "kernels/adamw8/adamw8.h"
 #include "launcher/optim/rules.h"
@@ -41,6 +42,9 @@ void AdamW::apply(std::span<const Update> updates, double learning_rate, int64_t
 AdamW8bit::AdamW8bit(const peft::ParamSet& params, const StepConfig& config, Memory memory)
     : StepRule(params, config, memory) {
   for (size_t i = 0; i < values().size(); ++i) {
+    GRAFT_CHECK(!params.all()[i].is_cut(), "train.optim: adamw_8bit has blocks of ",
+                kernels::kAdamW8Block, " elements, and ", params.all()[i].name,
+                " is cut over the ranks elsewhere: use adamw, or parallel.shard: replicate");
     const bool small = values()[i].numel() < kSmallestEightBit;
     for (const char* moment : {"exp_avg", "exp_avg_sq"}) {
       keep(i, moment, small ? at::kFloat : at::kByte);

@@ -118,7 +118,7 @@ void finish(const OutputDirectory& output, Workbench& bench, Trainer& trainer, c
         "eval.load_best_model_at_end: no evaluation gave a finite loss; the adapter is that of the "
         "last step");
   }
-  if (bench.world.rank() == 0) save_adapter(output, bench, run);
+  save_adapter(output, bench, run);
   log::info("adapter: " + output.adapter_path());
 }
 

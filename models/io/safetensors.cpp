@@ -73,20 +73,32 @@ at::Tensor SafetensorsFile::read(std::string_view name) const {
   return tensor;
 }
 
-void write_safetensors(const ByteSink& sink, const NamedTensors& tensors,
+void write_safetensors(const ByteSink& sink, const std::vector<ComingTensor>& tensors,
                        const SafetensorsMetadata& metadata) {
   std::vector<SafetensorsEntry> entries;
-  std::map<std::string_view, const at::Tensor*> by_name;
-  for (const auto& [name, tensor] : tensors) {
-    entries.push_back({name, dtype_name(name, tensor.scalar_type()), tensor.sizes().vec()});
-    by_name.emplace(name, &tensor);
+  std::map<std::string_view, const ComingTensor*> by_name;
+  for (const ComingTensor& tensor : tensors) {
+    entries.push_back({tensor.name, dtype_name(tensor.name, tensor.dtype), tensor.shape});
+    by_name.emplace(tensor.name, &tensor);
   }
   const std::string head = layout_safetensors(entries, metadata);
   sink(std::as_bytes(std::span(head)));
   for (const SafetensorsEntry& entry : entries) {
-    const at::Tensor data = by_name.at(entry.name)->detach().cpu().contiguous();
+    const at::Tensor made = by_name.at(entry.name)->make();
+    if (!made.defined()) continue;
+    const at::Tensor data = made.detach().cpu().contiguous();
     sink({static_cast<const std::byte*>(data.data_ptr()), static_cast<size_t>(entry.bytes)});
   }
+}
+
+void write_safetensors(const ByteSink& sink, const NamedTensors& tensors,
+                       const SafetensorsMetadata& metadata) {
+  std::vector<ComingTensor> coming;
+  for (const auto& [name, tensor] : tensors) {
+    coming.push_back(
+        {name, tensor.scalar_type(), tensor.sizes().vec(), [&tensor = tensor] { return tensor; }});
+  }
+  write_safetensors(sink, coming, metadata);
 }
 
 void write_safetensors(const std::string& path, const NamedTensors& tensors,

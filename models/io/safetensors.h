@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -37,6 +38,16 @@ class SafetensorsFile {
 };
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+/// A tensor that is made when its turn to be written comes. Undefined: this rank has no part in it.
+struct ComingTensor {
+  std::string name;
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+  std::function<at::Tensor()> make;
+};
+void write_safetensors(const ByteSink& sink, const std::vector<ComingTensor>& tensors,
+                       const SafetensorsMetadata& metadata);
 
 /// Writes the tensors, from any device, as the reference library would: the order of the list does
 /// not matter, the bytes are the same (see layout_safetensors).

@@ -175,7 +175,7 @@ Carry Llama::head(const Carry& carry, const Pass& pass) const {
   if (pass.want == Want::kLoss) return carry.with(loss(hidden_BTD, carry, pass));
   if (pass.want == Want::kLastLogits) hidden_BTD = hidden_BTD.slice(1, hidden_BTD.size(1) - 1);
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
-  const FrozenLinearOp base(table, head_.bias);
+  const BaseLinearOp base(table, head_.bias);
   return carry.with(run(logits_, run(head_.slot, base, hidden_BTD, pass), pass));
 }
 
@@ -184,13 +184,14 @@ Tensor Llama::loss(const Tensor& hidden_BTD, const Carry& carry, const Pass& pas
   const Tensor hidden_ND = hidden_BTD.flatten(0, 1);
   const Tensor labels_N = pass.batch->labels_BL.flatten();
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
-  const bool plain = !pass.adapters || (head_.slot.empty() && logits_.empty());
+  const bool plain =
+      !table.is_trained() && (!pass.adapters || (head_.slot.empty() && logits_.empty()));
   Tensor sum;
   if (plain) {
     sum = kernels::frozen_head_cross_entropy(hidden_ND, table.dense(), labels_N);
   } else {
     const Tensor rows = labels_N.ge(0).nonzero().squeeze(1);
-    const FrozenLinearOp base(table, head_.bias);
+    const BaseLinearOp base(table, head_.bias);
     const Tensor logits_NV =
         run(logits_, run(head_.slot, base, hidden_ND.index_select(0, rows), pass), pass);
     sum = kernels::cross_entropy(logits_NV, labels_N.index_select(0, rows));

@@ -8,25 +8,65 @@
 namespace graft::models {
 namespace {
 
-struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
-                        const Weight* weight, const Weight* bias) {
-    ctx->saved_data["weight"] = reinterpret_cast<int64_t>(weight);
-    const Tensor y = kernels::gemm_linear(x, weight->dense());
-    return bias->defined() ? y + bias->dense() : y;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/// The leaf of a weight that is trained.
+std::optional<Tensor> leaf_of(const Weight& weight) {
+  return weight.is_trained() ? std::optional(weight.leaf()) : std::nullopt;
+}
+
+/// What autograd can save of a handle is a number.
+void save_weight(AutogradContext* ctx, const Weight* weight) {
+  ctx->saved_data["weight"] = reinterpret_cast<int64_t>(weight);
+}
+const Weight& saved_weight(AutogradContext* ctx) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr)
+  return *reinterpret_cast<const Weight*>(ctx->saved_data["weight"].toInt());
+}
+
+struct BaseLinear : torch::autograd::Function<BaseLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& leaf,
+                        const Weight* weight) {
+    save_weight(ctx, weight);
+    if (leaf) ctx->save_for_backward({x});
+    return kernels::gemm_linear(x, weight->dense());
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list dy) {
-    // NOLINTNEXTLINE(performance-no-int-to-ptr): what autograd can save of a handle is a number
-    const auto* weight = reinterpret_cast<const Weight*>(ctx->saved_data["weight"].toInt());
-    return {kernels::gemm_linear(dy[0], weight->dense().t()), Tensor(), Tensor()};
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor& dy = grads[0];
+    Tensor dx, dw;
+    if (ctx->needs_input_grad(0)) dx = kernels::gemm_linear(dy, saved_weight(ctx).dense().t());
+    if (ctx->needs_input_grad(1)) {
+      const Tensor x = ctx->get_saved_variables()[0];
+      dw = kernels::gemm(dy.flatten(0, -2).t(), x.flatten(0, -2)).to(at::kFloat);
+    }
+    return {dx, dw, Tensor()};
+  }
+};
+
+/// Rows of a table that is trained.
+struct TrainedRows : torch::autograd::Function<TrainedRows> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& /*leaf*/, const Tensor& ids,
+                        const Weight* weight) {
+    save_weight(ctx, weight);
+    ctx->save_for_backward({ids});
+    return weight->rows(ids);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor ids = ctx->get_saved_variables()[0];
+    const int64_t num_rows = saved_weight(ctx).shape().front();
+    return {at::embedding_dense_backward(grads[0].to(at::kFloat), ids, num_rows, -1, false),
+            Tensor(), Tensor()};
   }
 };
 
 class EmbeddingOp : public LinearOp {
  public:
   explicit EmbeddingOp(const Weight& weight) : weight_(weight) {}
-  Tensor operator()(const Tensor& ids) const override { return weight_.rows(ids); }
+  Tensor operator()(const Tensor& ids) const override {
+    return weight_.is_trained() ? TrainedRows::apply(weight_.leaf(), ids, &weight_)
+                                : weight_.rows(ids);
+  }
   Tensor weight() const override { return weight_.dense(); }
 
  private:
@@ -41,7 +81,7 @@ Linear::Linear(std::string name, int64_t in, int64_t out, bool has_bias, WeightU
 }
 
 Tensor Linear::operator()(const Tensor& x, const Pass& pass) const {
-  const FrozenLinearOp base(weight, bias);
+  const BaseLinearOp base(weight, bias);
   return slot.empty() ? base(x) : run(slot, base, x, pass);
 }
 
@@ -54,8 +94,9 @@ Tensor Embedding::operator()(const Tensor& ids, const Pass& pass) const {
   return slot.empty() ? base(ids) : run(slot, base, ids, pass);
 }
 
-Tensor frozen_linear(const Tensor& x, const Weight& weight, const Weight& bias) {
-  return FrozenLinear::apply(x, &weight, &bias);
+Tensor base_linear(const Tensor& x, const Weight& weight, const Weight& bias) {
+  const Tensor y = BaseLinear::apply(x, leaf_of(weight), &weight);
+  return bias.defined() ? y + bias.value() : y;
 }
 
 }  // namespace graft::models

@@ -1,5 +1,6 @@
-// Linear and Embedding: a frozen matrix with a slot. The base product saves the weight's handle,
-// not the matrix, and asks again in backward, so a dequantised copy never outlives its block's pin.
+// Linear and Embedding: a matrix of the base with a slot. The base product saves the weight's
+// handle, not the matrix, and asks again in backward, so a dequantised copy never outlives its
+// block's pin. The gradient of a thawed matrix goes to the leaf that stands for it.
 #pragma once
 
 #include "models/slots.h"
@@ -31,15 +32,16 @@ struct Embedding {
   Tensor operator()(const Tensor& ids, const Pass& pass) const;
 };
 
-/// x W^T + b with W frozen: gradient to x only, W rebuilt in backward. `bias` may be undefined.
-Tensor frozen_linear(const Tensor& x, const Weight& weight, const Weight& bias);
+/// x W^T + b: W is rebuilt in backward; gradients to x and to what is trained. `bias` may be
+/// undefined.
+Tensor base_linear(const Tensor& x, const Weight& weight, const Weight& bias);
 
 /// The matrix of a Linear as adapters see it; also used for a head that shares the embedding's
 /// table.
-class FrozenLinearOp : public LinearOp {
+class BaseLinearOp : public LinearOp {
  public:
-  FrozenLinearOp(const Weight& weight, const Weight& bias) : weight_(weight), bias_(bias) {}
-  Tensor operator()(const Tensor& x) const override { return frozen_linear(x, weight_, bias_); }
+  BaseLinearOp(const Weight& weight, const Weight& bias) : weight_(weight), bias_(bias) {}
+  Tensor operator()(const Tensor& x) const override { return base_linear(x, weight_, bias_); }
   Tensor weight() const override { return weight_.dense(); }
 
  private:

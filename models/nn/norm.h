@@ -16,7 +16,7 @@ struct RmsNorm {
   RmsNorm() = default;
   RmsNorm(int64_t width, double epsilon) : weight({width}, WeightUse::kVector), eps(epsilon) {}
   Tensor operator()(const Tensor& x, const Pass& pass) const {
-    Tensor w = weight.dense();
+    Tensor w = weight.value();
     if (pass.adapters) {
       for (const auto& adapter : gain.adapters()) w = adapter->merged(w);
     }

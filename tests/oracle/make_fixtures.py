@@ -12,6 +12,9 @@ DIR/<case>/oracle.safetensors   input_ids, labels   int64   [2, 24]      labels 
                                 grad.<key>          float32              of adapter_loss, <key> as in the adapter
 DIR/<case>/oracle.json          loss, adapter_loss: mean over num_targets; train: settings, and the losses of ten AdamW
                                 steps from that adapter (before each update), without clipping and with max_grad_norm 1
+DIR/<case>/full.safetensors     grad.<name>         float32              of loss, of every parameter of the model
+DIR/<case>/full.json            losses of ten AdamW steps of all parameters, and with max_grad_norm 1, as in `train`;
+                                FULL has their learning rate and weight decay
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
@@ -35,6 +38,7 @@ from safetensors.torch import load_file, save_file
 ROWS, LENGTH, VOCABULARY = 2, 24, 128
 TRAIN = {"optim": "adamw", "learning_rate": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
          "lr_scheduler_type": "constant", "steps": 10}
+FULL = TRAIN | {"learning_rate": 1e-3, "weight_decay": 0.01}
 SHAPE = dict(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5,
              tie_word_embeddings=False, attn_implementation="eager")
@@ -122,13 +126,13 @@ def write_rows(path, input_ids, labels):
         file["loss_mask"] = (labels.reshape(-1) != -100).numpy().astype(np.uint8)
 
 
-def adamw_losses(model, batch, max_grad_norm):
-    """Trains the adapter in place."""
+def adamw_losses(model, batch, max_grad_norm, train=TRAIN):
+    """Trains what requires gradients in place."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=TRAIN["learning_rate"], betas=TRAIN["betas"], eps=TRAIN["eps"],
-                                  weight_decay=TRAIN["weight_decay"])
+    optimizer = torch.optim.AdamW(parameters, lr=train["learning_rate"], betas=train["betas"], eps=train["eps"],
+                                  weight_decay=train["weight_decay"])
     losses = []
-    for _ in range(TRAIN["steps"]):
+    for _ in range(train["steps"]):
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
@@ -137,6 +141,19 @@ def adamw_losses(model, batch, max_grad_norm):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def write_full(config, batch, directory):
+    """What full fine-tuning computes: a copy of its own, since it moves the weights."""
+    losses = {}
+    for key, max_grad_norm in {"losses": None, "losses_max_grad_norm_1": 1.0}.items():
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        set_parameters(model.named_parameters(), base_weight)
+        if max_grad_norm is None:
+            model(**batch).loss.backward()
+            save_file({f"grad.{n}": p.grad.clone() for n, p in model.named_parameters()}, directory / "full.safetensors")
+        losses[key] = adamw_losses(model, batch, max_grad_norm, FULL)
+    (directory / "full.json").write_text(json.dumps(FULL | losses, indent=2) + "\n")
 
 
 def write_case(name, config, directory):
@@ -151,6 +168,9 @@ def write_case(name, config, directory):
     batch = {"input_ids": input_ids, "labels": labels}
     with torch.no_grad():
         base = model(**batch)
+
+    if not name.endswith("nf4"):
+        write_full(config, batch, directory)
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
     model.name_or_path = name

@@ -35,6 +35,7 @@ launcher::Run run_of(const Case& c, const std::string& dtype) {
   run.model.name_or_path = GRAFT_SOURCE_DIR "/configs/models/tiny_" + c.model + ".yaml";
   run.model.weights = "random";
   run.model.dtype = dtype;
+  if (c.method == "full") run.model.quantization = "none";
   run.peft = {{c.method, registry().make(c.method), {}}};
   read_fields(*run.peft.front().method, c.options);
   return run;
@@ -72,9 +73,10 @@ class Twin {
     for (const Param& p : params().all()) {  // none at a special value: B of LoRA is zero
       Tensor(p.value).add_(fill(p.name, p.value.sizes(), 0.3).to(device));
     }
+    bench_->adapters->publish();
     optimizer_ = std::make_unique<launcher::AdamW>(params());
     gradients_ = std::make_unique<launcher::Gradients>(params(), bench_->model->num_stages(), 2,
-                                                       launcher::Reduction::kTree);
+                                                       launcher::Reduction::kTree, &world_.comm());
   }
 
   std::string base_hash() const { return bench_->store->hash(); }
@@ -97,7 +99,9 @@ class Twin {
     options.lowest_trained = params().lowest_stage();
     bench_->trunk->sweep(lanes, *gradients_, options);
     gradients_->reduce(*world_.host, static_cast<double>(num_targets));
-    result.gradients = gradients_->flat().clone();
+    std::vector<Tensor> flat;
+    for (const Tensor& gradient : gradients_->of()) flat.push_back(gradient.flatten());
+    result.gradients = at::cat(flat);
     result.loss = (lanes[0].loss_sum + lanes[1].loss_sum) / static_cast<double>(num_targets);
     return result;
   }

@@ -152,6 +152,7 @@ class Tiny : BaseWeights {
   void jitter() {
     const at::NoGradGuard no_grad;
     for (const Param& p : params()) Tensor(p.value).add_(fill(p.name, p.value.sizes(), 0.1));
+    adapters.publish();
   }
 
   struct Result {
@@ -161,7 +162,7 @@ class Tiny : BaseWeights {
   /// @param lanes  those of this rank, of `num_lanes` over all ranks
   Result sweep(std::vector<models::Lane> lanes, int64_t num_lanes) {
     launcher::Gradients sink(adapters.params(), model->num_stages(), num_lanes,
-                             launcher::Reduction::kTree);
+                             launcher::Reduction::kTree, comm_);
     models::TrunkOptions options;
     options.random = kernels::derive({7, 1}, optimizer->num_steps());
     options.lowest_trained = adapters.params().lowest_stage();
@@ -199,14 +200,22 @@ class Tiny : BaseWeights {
   /// Writes the first trained adapter as a PEFT directory.
   void save(const std::string& directory) const {
     const Peft::Saved saved = adapters.save(0, {"base", "CAUSAL_LM", "print"});
-    write_adapter(directory, saved.config, saved.tensors);
+    write_adapter(directory, saved.config, saved_tensors(), saved.metadata);
+  }
+  /// What save() writes. Collective where weights are thawed; then only rank 0 has those.
+  models::io::NamedTensors saved_tensors() const {
+    Peft::Saved saved = adapters.save(0, {"base", "CAUSAL_LM", "print"});
+    for (const auto& [key, weight] : saved.thawed) {
+      if (Tensor whole = weight->collect(); whole.defined()) saved.tensors.emplace_back(key, whole);
+    }
+    return saved.tensors;
   }
   static void write_adapter(const std::string& directory, const nlohmann::json& config,
-                            const models::io::NamedTensors& tensors) {
+                            const models::io::NamedTensors& tensors,
+                            const models::io::SafetensorsMetadata& metadata = {{"format", "pt"}}) {
     std::filesystem::create_directories(directory);
     std::ofstream(directory + "/adapter_config.json") << config.dump(2);
-    models::io::write_safetensors(directory + "/adapter_model.safetensors", tensors,
-                                  {{"format", "pt"}});
+    models::io::write_safetensors(directory + "/adapter_model.safetensors", tensors, metadata);
   }
 
  private:
