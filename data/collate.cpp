@@ -7,6 +7,18 @@
 #include "configs/check.h"
 
 namespace graft::data {
+namespace {
+
+/// What is to be predicted at token `t`.
+int64_t label_at(const Piece& piece, int64_t t) {
+  const int64_t next = t + 1, length = std::ssize(piece.tokens);
+  if (piece.label != kNoLabel) return next == length ? piece.label : kNoLabel;
+  if (!piece.token_labels.empty())
+    return piece.loss_mask[t] ? int64_t{piece.token_labels[t]} : kNoLabel;
+  return next < length && piece.loss_mask[next] ? int64_t{piece.tokens[next]} : kNoLabel;
+}
+
+}  // namespace
 
 Batch collate(std::span<const Piece> pieces, int64_t rows, int64_t columns) {
   Batch batch{.tokens_BL = at::zeros({rows, columns}, at::kLong),
@@ -18,7 +30,8 @@ Batch collate(std::span<const Piece> pieces, int64_t rows, int64_t columns) {
     const int64_t length = static_cast<int64_t>(piece.tokens.size());
     GRAFT_ASSERT(piece.row >= 0 && piece.row < rows && piece.column >= 0 &&
                      piece.column + length <= columns &&
-                     piece.loss_mask.size() == piece.tokens.size(),
+                     piece.loss_mask.size() == piece.tokens.size() &&
+                     (piece.token_labels.empty() || std::ssize(piece.token_labels) == length),
                  "a document of ", length, " at row ", piece.row, ", column ", piece.column,
                  " of [", rows, ", ", columns, "]");
     const int64_t start = piece.row * columns + piece.column;
@@ -31,10 +44,8 @@ Batch collate(std::span<const Piece> pieces, int64_t rows, int64_t columns) {
       tokens[t] = piece.tokens[t];
       positions[t] = t;
       documents[t] = document;
-      if (t + 1 < length && piece.loss_mask[t + 1]) {
-        labels[t] = piece.tokens[t + 1];
-        ++batch.num_targets;
-      }
+      labels[t] = label_at(piece, t);
+      batch.num_targets += labels[t] != kNoLabel ? 1 : 0;
     }
     batch.num_tokens += length;
   }

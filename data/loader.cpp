@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "configs/check.h"
-#include "data/collate.h"
 #include "data/order.h"
 
 namespace graft::data {
@@ -59,6 +58,20 @@ class FirstFit {
   std::vector<int64_t> room_;  // a heap-ordered tree; the most room below each node
 };
 
+/// The tokens before the answer, if a document's targets are its label's own tokens (as far as
+/// max_length leaves them): they would give the label away.
+int64_t length_before_answer(const Piece& piece, std::span<const uint32_t> answer) {
+  const int64_t length = std::ssize(piece.tokens);
+  int64_t first = length;
+  size_t same = 0;
+  for (int64_t t = 0; t < length; ++t) {
+    if (!piece.loss_mask[t]) continue;
+    if (same == answer.size() || piece.tokens[t] != answer[same]) return length;
+    if (same++ == 0) first = t;
+  }
+  return first;
+}
+
 }  // namespace
 
 Corpus::Corpus(const std::vector<std::string>& files) {
@@ -86,12 +99,31 @@ int64_t Corpus::length(int64_t document) const {
   return place.shard->length(place.row);
 }
 
+std::vector<std::string> Corpus::label_names(Predict predict) const {
+  std::vector<std::string> names;
+  if (predict == Predict::kTokens) return names;
+  const bool of_samples = predict == Predict::kSampleLabels;
+  for (const TokenShard& shard : shards_) {
+    if (shard.num_samples() == 0) continue;
+    const auto& labels = shard.labels();
+    GRAFT_CHECK(labels && labels->of_sample.empty() != of_samples, ExitCode::kData, shard.path(),
+                ": has no labels of its ",
+                of_samples ? "samples ('label')" : "tokens ('token_labels')",
+                "; graft prepare classification writes them");
+    if (names.empty()) names = labels->names;
+    GRAFT_CHECK(names == labels->names, ExitCode::kData, shard.path(), ": has other labels than ",
+                shards_.front().path());
+  }
+  return names;
+}
+
 Loader::Loader(const LoaderConfig& config) : config_(config), corpus_(config.files) {
   GRAFT_CHECK(config.max_length > 0, "data.max_length is ", config.max_length);
   GRAFT_ASSERT(config.rows_per_lane > 0 && config.first_lane >= 0 && config.num_local_lanes >= 0 &&
                    config.first_lane + config.num_local_lanes <= config.num_lanes,
                "lanes ", config.first_lane, " + ", config.num_local_lanes, " of ",
                config.num_lanes);
+  corpus_.label_names(config.predict);
   num_documents_ = corpus_.num_documents();
   if (config.max_samples > 0) num_documents_ = std::min(num_documents_, config.max_samples);
 }
@@ -164,6 +196,8 @@ void Loader::read_runs(Fetched& fetched) const {
   }
   fetched.tokens.resize(total);
   fetched.loss_mask.resize(total);
+  const bool has_token_labels = config_.predict == Predict::kTokenLabels;
+  if (has_token_labels) fetched.token_labels.resize(total);
 
   // Reads the documents order[first..last), all of one shard.
   const auto read = [&](size_t first, size_t last) {
@@ -182,6 +216,8 @@ void Loader::read_runs(Fetched& fetched) const {
     const int64_t to = fetched.begins[order[first]];
     shard.read(runs, std::span(fetched.tokens).subspan(to, count),
                std::span(fetched.loss_mask).subspan(to, count));
+    if (has_token_labels)
+      shard.read_token_labels(runs, std::span(fetched.token_labels).subspan(to, count));
   };
   const auto shard_of = [&](size_t i) {
     return corpus_.locate(placements[order[i]].document).shard;
@@ -253,6 +289,25 @@ bool Loader::usable(const Placement& placement, const std::string& reason) {
   return false;
 }
 
+Piece Loader::piece_of(const Fetched& fetched, size_t index) const {
+  const Placement& p = fetched.layout.placements[index];
+  const auto part = [&](const auto& all) {
+    return std::span(all).subspan(fetched.begins[index], p.length);
+  };
+  Piece piece{part(fetched.tokens), part(fetched.loss_mask), p.row, p.column};
+  if (config_.predict == Predict::kTokenLabels) piece.token_labels = part(fetched.token_labels);
+  if (config_.predict == Predict::kSampleLabels) {
+    const Corpus::Place place = corpus_.locate(p.document);
+    const ShardLabels& labels = *place.shard->labels();
+    piece.label = labels.of_sample[place.row];
+    const auto answer = labels.tokens_of(static_cast<int32_t>(piece.label));
+    const int64_t length = length_before_answer(piece, answer);
+    piece.tokens = piece.tokens.first(length);
+    piece.loss_mask = piece.loss_mask.first(length);
+  }
+  return piece;
+}
+
 Batch Loader::collate_lane(const Fetched& fetched, const std::vector<bool>& usable,
                            int64_t lane) const {
   const int64_t first_row = lane * config_.rows_per_lane;
@@ -264,9 +319,8 @@ Batch Loader::collate_lane(const Fetched& fetched, const std::vector<bool>& usab
     longest = std::max(longest, p.length);
     rows = std::max(rows, p.row - first_row + 1);
     if (!usable[i]) continue;
-    pieces.push_back({std::span(fetched.tokens).subspan(fetched.begins[i], p.length),
-                      std::span(fetched.loss_mask).subspan(fetched.begins[i], p.length),
-                      p.row - first_row, p.column});
+    pieces.push_back(piece_of(fetched, i));
+    pieces.back().row -= first_row;
   }
   const int64_t rounded = (longest + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
   return collate(

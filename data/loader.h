@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "data/batch.h"
+#include "data/collate.h"
 #include "data/shard_file.h"
 
 namespace graft::data {
@@ -39,6 +40,9 @@ enum class Packing { kOff, kOn };
 enum class Shuffle { kOff, kOn };
 enum class OnBadSample { kStop, kSkip };
 
+/// What is predicted: the tokens that are targets, a sample's label, or those of its tokens.
+enum class Predict { kTokens, kSampleLabels, kTokenLabels };
+
 struct LoaderConfig {
   std::vector<std::string> files;  ///< paths or globs; the matches of a glob are sorted
   int64_t max_length = 0;          ///< columns of a row; longer documents are cut
@@ -51,6 +55,9 @@ struct LoaderConfig {
   int64_t max_samples = 0;                      ///< only the first so many documents; 0: all
   int64_t num_epochs =
       0;  ///< next() may be called until these are done; 0: without end. Evaluation: 1
+  /// Of sample labels: a document that ends with the tokens of its own label, as targets, is read
+  /// up to these.
+  Predict predict = Predict::kTokens;
   OnBadSample on_bad_sample = OnBadSample::kStop;
   std::function<void(const BadSample&)> report = nullptr;  ///< called inside next(), for own lanes
 };
@@ -85,6 +92,9 @@ class Corpus {
   };
   Place locate(int64_t document) const;
   const std::vector<TokenShard>& shards() const { return shards_; }
+  /// The names of the labels that are predicted; none for tokens.
+  /// @throws graft::Error (kData) if a shard has no such labels, or others
+  std::vector<std::string> label_names(Predict predict) const;
 
  private:
   std::vector<TokenShard> shards_;
@@ -141,9 +151,10 @@ class Loader {
     StepLayout layout;  // own placements only
     std::vector<uint32_t> tokens;
     std::vector<uint8_t> loss_mask;
-    std::vector<int64_t> begins;       // of each placement in tokens
-    std::vector<std::string> reasons;  // why a placement could not be read; empty: it was
-    std::exception_ptr failure;        // anything else that went wrong
+    std::vector<uint32_t> token_labels;  // where these are predicted
+    std::vector<int64_t> begins;         // of each placement in tokens
+    std::vector<std::string> reasons;    // why a placement could not be read; empty: it was
+    std::exception_ptr failure;          // anything else that went wrong
   };
 
   Fetched fetch(Cursor cursor) const;
@@ -152,6 +163,7 @@ class Loader {
   Fetched wait_for_step();
   Step deliver(Fetched fetched);
   bool usable(const Placement& placement, const std::string& reason);
+  Piece piece_of(const Fetched& fetched, size_t index) const;
   Batch collate_lane(const Fetched& fetched, const std::vector<bool>& usable, int64_t lane) const;
 
   LoaderConfig config_;

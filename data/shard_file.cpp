@@ -204,8 +204,9 @@ void check_offsets(const std::vector<uint64_t>& offsets, uint64_t end, const std
 /// Only hard links to names of the format: nothing that leads elsewhere, nothing we would silently
 /// ignore.
 void check_members(hid_t file, const std::string& path) {
-  static constexpr std::string_view kKnown[] = {"tokens", "offsets",      "loss_mask",    "label",
-                                                "labels", "label_tokens", "label_offsets"};
+  static constexpr std::string_view kKnown[] = {"tokens",        "offsets",     "loss_mask",
+                                                "label",         "labels",      "label_tokens",
+                                                "label_offsets", "token_labels"};
   H5G_info_t group;
   checked(H5Gget_info(file, &group), path, "list the file");
   for (hsize_t i = 0; i < group.nlinks; ++i) {
@@ -250,7 +251,17 @@ std::pair<int64_t, int64_t> file_state(int descriptor, const std::string& path) 
   return {status.st_size, status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec};
 }
 
+bool has(hid_t file, const std::string& path, const char* name) {
+  return checked(H5Lexists(file, name, H5P_DEFAULT), path, "look up names") > 0;
+}
+
 }  // namespace
+
+std::span<const uint32_t> ShardLabels::tokens_of(int32_t label) const {
+  if (offsets.empty()) return {};
+  const auto at = static_cast<size_t>(label);
+  return std::span(tokens).subspan(offsets[at], offsets[at + 1] - offsets[at]);
+}
 
 TokenShard::TokenShard(const std::string& path) : path_(path) {
   Hdf5Lock lock;
@@ -280,31 +291,49 @@ TokenShard::TokenShard(const std::string& path) : path_(path) {
               ", 'offsets' has ", num_samples(), " samples");
   tokens_ = {std::move(tokens.object), vocab_size_, descriptor_};
   loss_mask_ = {std::move(loss_mask.object), kMaskLimit, descriptor_};
-  if (checked(H5Lexists(file, "label", H5P_DEFAULT), path, "look up names") > 0) read_labels();
+  const bool of_samples = has(file, path, "label"), of_tokens = has(file, path, "token_labels");
+  GRAFT_CHECK(!(of_samples && of_tokens), ExitCode::kData, path,
+              ": has 'label' and 'token_labels': labels are of samples or of tokens");
+  if (!of_samples && !of_tokens) return;
+  read_label_names();
+  if (of_samples) {
+    read_sample_labels();
+    return;
+  }
+  Stored labels = open_numbers<uint32_t>(file, path, "token_labels");
+  GRAFT_CHECK(static_cast<int64_t>(labels.size()) == num_tokens(), ExitCode::kData, path,
+              ": 'tokens' has ", num_tokens(), " elements, 'token_labels' ", labels.size());
+  token_labels_ = {std::move(labels.object), static_cast<int64_t>(labels_->names.size()),
+                   descriptor_};
 }
 
-void TokenShard::read_labels() {
-  const hid_t file = file_.get();
-  ShardLabels labels;
-  labels.of_sample = read_numbers<int32_t>(file, path_, "label");
-  const Stored names = open_dataset(file, path_, "labels");
+void TokenShard::read_label_names() {
+  const Stored names = open_dataset(file_.get(), path_, "labels");
   GRAFT_CHECK(names.size() <= kMaxLabels, ExitCode::kData, path_, ": ", names.size(), " labels");
-  labels.names = read_strings(names);
-  labels.tokens = read_numbers<uint32_t>(file, path_, "label_tokens");
-  labels.offsets = read_numbers<uint64_t>(file, path_, "label_offsets");
-  check_offsets(labels.offsets, labels.tokens.size(), path_, "label_offsets");
-  GRAFT_CHECK(all_below(labels.tokens, vocab_size_), ExitCode::kData, path_,
-              ": 'label_tokens' holds tokens that are not below vocab_size ", vocab_size_);
-  GRAFT_CHECK(static_cast<int64_t>(labels.of_sample.size()) == num_samples() &&
-                  labels.offsets.size() == labels.names.size() + 1,
-              ExitCode::kData, path_, ": 'label' must have one element a sample, 'label_offsets' ",
-              "one more than 'labels'");
+  labels_.emplace().names = read_strings(names);
+}
+
+void TokenShard::read_sample_labels() {
+  const hid_t file = file_.get();
+  ShardLabels& labels = *labels_;
+  labels.of_sample = read_numbers<int32_t>(file, path_, "label");
+  GRAFT_CHECK(static_cast<int64_t>(labels.of_sample.size()) == num_samples(), ExitCode::kData,
+              path_, ": 'label' must have one element a sample, ", num_samples(), ", it has ",
+              labels.of_sample.size());
   for (size_t row = 0; row < labels.of_sample.size(); ++row) {
     const int32_t label = labels.of_sample[row];
     GRAFT_CHECK(label >= 0 && label < static_cast<int64_t>(labels.names.size()), ExitCode::kData,
                 path_, ": row ", row, " has label ", label, " of ", labels.names.size());
   }
-  labels_ = std::move(labels);
+  if (!has(file, path_, "label_tokens") && !has(file, path_, "label_offsets")) return;
+  labels.tokens = read_numbers<uint32_t>(file, path_, "label_tokens");
+  labels.offsets = read_numbers<uint64_t>(file, path_, "label_offsets");
+  check_offsets(labels.offsets, labels.tokens.size(), path_, "label_offsets");
+  GRAFT_CHECK(all_below(labels.tokens, vocab_size_), ExitCode::kData, path_,
+              ": 'label_tokens' holds tokens that are not below vocab_size ", vocab_size_);
+  GRAFT_CHECK(labels.offsets.size() == labels.names.size() + 1, ExitCode::kData, path_,
+              ": 'label_offsets' must have one more than the ", labels.names.size(),
+              " of 'labels'");
 }
 
 int64_t TokenShard::row_of(int64_t position) const {
@@ -321,31 +350,57 @@ void TokenShard::read(int64_t begin, std::span<uint32_t> tokens,
 void TokenShard::read(std::span<const Run> runs, std::span<uint32_t> tokens,
                       std::span<uint8_t> loss_mask) const {
   Hdf5Lock lock;
-  // Calls of(its begin, its tokens, its mask) for each run.
-  const auto for_each_run = [&](auto of) {
-    size_t at = 0;
-    for (const auto& [begin, length] : runs) {
-      GRAFT_ASSERT(begin >= 0 && length >= 0 && begin + length <= num_tokens() &&
-                       at + length <= std::min(tokens.size(), loss_mask.size()),
-                   path_, ": read of ", length, " tokens at ", begin);
-      of(begin, tokens.subspan(at, length), loss_mask.subspan(at, length));
-      at += length;
-    }
-  };
+  const size_t size = std::min(tokens.size(), loss_mask.size());
   bool sound = true;
-  for_each_run([&](int64_t begin, std::span<uint32_t> tokens, std::span<uint8_t> loss_mask) {
-    std::string failure = tokens_.read(begin, tokens, sound);
-    if (failure.empty()) failure = loss_mask_.read(begin, loss_mask, sound);
+  for_each_run(runs, size, [&](int64_t begin, size_t at, size_t length) {
+    std::string failure = tokens_.read(begin, tokens.subspan(at, length), sound);
+    if (failure.empty()) failure = loss_mask_.read(begin, loss_mask.subspan(at, length), sound);
     GRAFT_CHECK(failure.empty(), ExitCode::kData, path_, ": row ", row_of(begin),
                 ": cannot read: ", failure);
   });
-  // Past a new end of the file libhdf5 reads zeros, and the checksum of zeros is zero.
+  check_unchanged(runs);
+  if (sound) return;
+  for_each_run(runs, size, [&](int64_t begin, size_t at, size_t length) {
+    check_values(begin, tokens.subspan(at, length), loss_mask.subspan(at, length));
+  });
+}
+
+void TokenShard::read_token_labels(std::span<const Run> runs, std::span<uint32_t> labels) const {
+  Hdf5Lock lock;
+  bool sound = true;
+  for_each_run(runs, labels.size(), [&](int64_t begin, size_t at, size_t length) {
+    const std::string failure = token_labels_.read(begin, labels.subspan(at, length), sound);
+    GRAFT_CHECK(failure.empty(), ExitCode::kData, path_, ": row ", row_of(begin),
+                ": cannot read: ", failure);
+  });
+  check_unchanged(runs);
+  if (sound) return;
+  const int64_t count = std::ssize(labels_->names);
+  for_each_run(runs, labels.size(), [&](int64_t begin, size_t at, size_t length) {
+    const auto part = labels.subspan(at, length);
+    const auto bad = std::find_if(part.begin(), part.end(), [&](auto x) { return x >= count; });
+    GRAFT_CHECK(bad == part.end(), ExitCode::kData, path_, ": row ",
+                row_of(begin + (bad - part.begin())), ": token label ", *bad, " of ", count);
+  });
+}
+
+/// Calls of(its first token, where it begins in a span of `size`, its length) for each run.
+template <class Of>
+void TokenShard::for_each_run(std::span<const Run> runs, size_t size, Of of) const {
+  size_t at = 0;
+  for (const auto& [begin, length] : runs) {
+    GRAFT_ASSERT(begin >= 0 && length >= 0 && begin + length <= num_tokens() && at + length <= size,
+                 path_, ": read of ", length, " tokens at ", begin);
+    of(begin, at, static_cast<size_t>(length));
+    at += length;
+  }
+}
+
+/// Past a new end of the file libhdf5 reads zeros, and the checksum of zeros is zero.
+void TokenShard::check_unchanged(std::span<const Run> runs) const {
   GRAFT_CHECK(file_state(descriptor_, path_) == std::pair(file_bytes_, modified_ns_),
               ExitCode::kData, path_, ": row ", row_of(runs.empty() ? 0 : runs.front().begin),
               ": the file was changed while in use; a shard is replaced by a rename");
-  if (sound) return;
-  for_each_run([&](int64_t begin, std::span<const uint32_t> tokens,
-                   std::span<const uint8_t> loss_mask) { check_values(begin, tokens, loss_mask); });
 }
 
 /// Refuses what no chunk speaks for, and names its row.

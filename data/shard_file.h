@@ -15,12 +15,17 @@
 
 namespace graft::data {
 
-/// Classification labels of a shard: each name has the tokens by which it is ranked.
+/// Labels of a shard: of its samples, or of its tokens.
 struct ShardLabels {
-  std::vector<int32_t> of_sample;  ///< [n], indexes into names
-  std::vector<std::string> names;
-  std::vector<uint32_t> tokens;   ///< of all names, one after the other, each with its end token
-  std::vector<uint64_t> offsets;  ///< [names + 1], where the tokens of each name begin
+  std::vector<int32_t> of_sample = {};  ///< [n], indexes into names; empty: tokens have labels
+  std::vector<std::string> names = {};
+  /// The tokens by which a sample's label is ranked: of all names, one after the other, each with
+  /// its end token; and where those of each name begin, [names + 1]. Both may be empty.
+  std::vector<uint32_t> tokens = {};
+  std::vector<uint64_t> offsets = {};
+  std::vector<uint32_t> of_token = {};  ///< [N] in a shard to be written; read by read_token_labels
+
+  std::span<const uint32_t> tokens_of(int32_t label) const;
 };
 
 /// A whole shard in memory, to be written.
@@ -70,6 +75,11 @@ class TokenShard {
   /// The same for one run, from position `begin` on.
   void read(int64_t begin, std::span<uint32_t> tokens, std::span<uint8_t> loss_mask) const;
 
+  /// The labels of the tokens of some runs, indexes into labels()->names; those of tokens that are
+  /// no target mean nothing.
+  /// @throws graft::Error (kData) as read()
+  void read_token_labels(std::span<const Run> runs, std::span<uint32_t> labels) const;
+
   const std::string& path() const { return path_; }
   const std::string& created_by() const { return created_by_; }
   const std::string& tokenizer_sha256() const { return tokenizer_sha256_; }
@@ -80,7 +90,11 @@ class TokenShard {
   int64_t row_of(int64_t position) const;
   void check_values(int64_t begin, std::span<const uint32_t> tokens,
                     std::span<const uint8_t> loss_mask) const;
-  void read_labels();
+  void read_label_names();
+  void read_sample_labels();
+  template <class Of>
+  void for_each_run(std::span<const Run> runs, size_t size, Of of) const;
+  void check_unchanged(std::span<const Run> runs) const;
 
   std::string path_;
   std::string created_by_;
@@ -93,6 +107,7 @@ class TokenShard {
   int64_t file_bytes_ = 0, modified_ns_ = 0;  // when opened
   mutable Column<uint32_t> tokens_;           // columns learn where chunks lie
   mutable Column<uint8_t> loss_mask_;
+  mutable Column<uint32_t> token_labels_;  // empty: tokens have none
 };
 
 }  // namespace graft::data

@@ -97,10 +97,14 @@ void write_content(const std::string& path, const TokenShardContent& content) {
   write_numbers(file.get(), path, "offsets", content.offsets);
   write_numbers(file.get(), path, "loss_mask", content.loss_mask);
   if (content.labels) {
-    write_numbers(file.get(), path, "label", content.labels->of_sample);
-    write_label_names(file.get(), path, content.labels->names);
-    write_numbers(file.get(), path, "label_tokens", content.labels->tokens);
-    write_numbers(file.get(), path, "label_offsets", content.labels->offsets);
+    const ShardLabels& labels = *content.labels;
+    write_label_names(file.get(), path, labels.names);
+    if (!labels.of_token.empty()) write_numbers(file.get(), path, "token_labels", labels.of_token);
+    if (!labels.of_sample.empty()) write_numbers(file.get(), path, "label", labels.of_sample);
+    if (!labels.offsets.empty()) {
+      write_numbers(file.get(), path, "label_tokens", labels.tokens);
+      write_numbers(file.get(), path, "label_offsets", labels.offsets);
+    }
   }
   checked(H5Fflush(file.get(), H5F_SCOPE_GLOBAL), path, "write");
 }

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import records
 from errors import USAGE, PrepareError, run_reporting_errors
-from samples import Sample, encode_chats, encode_documents
+from samples import Sample, encode_chats, encode_documents, encode_texts, encode_words
 from shards import SPLITS, Description, ShardSet, split_of
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -31,7 +31,9 @@ input files:
                   {"prompt", "completion"}
                   {"instruction", "input" (optional), "output"}    Alpaca
                   {"conversations": [{"from", "value"}, ...]}      ShareGPT
-  classification  .jsonl, .csv or .tsv with "text" and "label"
+  classification  .jsonl, .csv or .tsv with "text" and "label": the question by --prompt and the label as the
+                  answer, or with --plain the text alone; .jsonl with "tokens" and "labels", two lists of
+                  equal length: words with a label each, null for none
 examples:
   graft prepare chat --input answers.jsonl --model models/m.gguf --output data/cache/answers
   graft prepare text --input book.txt --model models/Llama-3-8B --output data/cache/book --max-length 1024
@@ -65,7 +67,10 @@ def main() -> None:
             raise PrepareError(f"{path}: no such file", USAGE)
     job = Job(options, load_tokenizer(options.model))
     encode = {"text": text_samples, "chat": chat_samples, "classification": labelled_samples}
-    if options.kind == "classification":
+    if options.kind == "classification" and records.labels_words(options.input[0]):
+        encode["classification"] = word_labelled_samples
+        read_word_labels(job)
+    elif options.kind == "classification":
         read_labels(job)
     description = Description(CREATED_BY, job.tokenizer.sha256, job.tokenizer.vocab_size, job.labels,
                               job.label_tokens)
@@ -97,6 +102,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                              "(default: no limit)")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEMPLATE",
                         help="classification: the user's message, with {text} and {labels}")
+    parser.add_argument("--plain", action="store_true",
+                        help="classification: the text alone, for a model with a head over labels")
     parser.add_argument("--max-samples-per-file", type=int, metavar="N", help="read the first N records")
     parser.add_argument("--shard-tokens", type=int, default=64 << 20, metavar="N",
                         help="tokens a shard (default 67108864)")
@@ -138,6 +145,10 @@ def labelled_samples(job: Job) -> Iterator[Sample]:
     number = {label: i for i, label in enumerate(job.labels)}
     for batch in batches(job.read(records.read_labelled)):
         wheres, pairs = zip(*batch)
+        if job.options.plain:
+            texts, labels = zip(*pairs)
+            yield from shortened(job, encode_texts(job.tokenizer, texts, [number[label] for label in labels]))
+            continue
         chats = [labelled_chat(job, text, label) for text, label in pairs]
         labelled = []
         for where, (_, label), sample in zip(wheres, pairs, encode_chats(job.tokenizer, wheres, chats)):
@@ -154,6 +165,8 @@ def read_labels(job: Job) -> None:
     if len(job.labels) < 2:
         raise PrepareError(f"{job.options.input[0]}: every record has the label {job.labels[0]!r}; "
                            "expected at least two labels")
+    if job.options.plain:
+        return
     chats = [labelled_chat(job, "", label) for label in job.labels]
     wheres = [f"label {label!r}" for label in job.labels]
     job.label_tokens = [sample.targets() for sample in encode_chats(job.tokenizer, wheres, chats)]
@@ -164,6 +177,23 @@ def read_labels(job: Job) -> None:
         seen[tokens] = label
 
 
+def word_labelled_samples(job: Job) -> Iterator[Sample]:
+    """Words with labels; the first token of each is a target."""
+    number = {label: i for i, label in enumerate(job.labels)}
+    for batch in batches(job.read(records.read_labelled_words)):
+        sentences = [(words, [None if label is None else number[label] for label in labels])
+                     for _, (words, labels) in batch]
+        yield from shortened(job, encode_words(job.tokenizer, sentences))
+
+
+def read_word_labels(job: Job) -> None:
+    """Finds the distinct labels of all words, sorted."""
+    job.labels = sorted({label for _, (_, labels) in job.read(records.read_labelled_words)
+                         for label in labels if label is not None})
+    if len(job.labels) < 2:
+        raise PrepareError(f"{job.options.input[0]}: the words have {len(job.labels)} labels, expected at least two")
+
+
 def labelled_chat(job: Job, text: str, label: str) -> records.Chat:
     """The question by --prompt, and the label as the answer."""
     # {labels} first: a text may hold braces of its own.
@@ -172,16 +202,19 @@ def labelled_chat(job: Job, text: str, label: str) -> records.Chat:
 
 
 def shortened(job: Job, samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Samples cut to --max-length; one that loses a part of its label, or all targets, is dropped."""
+    """Samples cut to --max-length; one that loses a part of its answer, or all targets, is dropped."""
     limit = job.options.max_length
     for sample in samples:
         job.num_records += 1
+        if not sample.tokens:
+            job.num_dropped += 1
+            continue
         if limit is None or len(sample.tokens) <= limit:
             yield sample
             continue
         short = sample.cut(limit)
-        whole_label = sample.label is None or short.targets() == sample.targets()
-        if whole_label and any(short.mask):
+        whole_answer = sample.label is None or short.targets() == sample.targets()
+        if whole_answer and (job.options.plain or any(short.mask)):
             job.num_cut += 1
             yield short
         else:

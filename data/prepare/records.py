@@ -71,6 +71,29 @@ def read_labelled(path: Path) -> Iterator[tuple[str, tuple[str, str]]]:
         yield where, (text, label)
 
 
+def labels_words(path: Path) -> bool:
+    """Whether a file's records label words, by its first one: {"tokens": [...], "labels": [...]}."""
+    return path.suffix == ".jsonl" and "tokens" in next(_json_lines(path, "classification"))[1]
+
+
+def read_labelled_words(path: Path) -> Iterator[tuple[str, tuple[list[str], list[str | None]]]]:
+    """(words, their labels) from .jsonl; a word whose label is null is none to learn."""
+    for where, record in _json_lines(path, "classification"):
+        words, labels = record.get("tokens"), record.get("labels")
+        if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels) or not words:
+            raise PrepareError(f"{where}: 'tokens' and 'labels' are not two lists of equal length")
+        texts, names = [], []
+        for number, (word, label) in enumerate(zip(words, labels), 1):
+            at = f"{where}: word {number}"
+            if isinstance(label, int) and not isinstance(label, bool):
+                label = str(label)
+            texts.append(_text(at, {"tokens": word}, "tokens"))
+            names.append(None if label is None else _text(at, {"labels": label}, "labels").strip())
+            if not texts[-1].strip() or names[-1] == "" or "\0" in (names[-1] or ""):
+                raise PrepareError(f"{at}: the word or its label is empty")
+        yield where, (texts, names)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers from 1, ends kept; a byte-order mark is dropped."""
     with path.open("rb") as file:

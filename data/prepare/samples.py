@@ -26,6 +26,7 @@ class Sample:
     tokens: Sequence[int]
     mask: Sequence[int]
     label: int | None = None
+    token_labels: Sequence[int] | None = None  # where mask is 1
 
     def targets(self) -> tuple[int, ...]:
         """The ids the model learns to write."""
@@ -33,7 +34,8 @@ class Sample:
 
     def cut(self, max_length: int) -> Sample:
         """The first `max_length` tokens."""
-        return Sample(self.tokens[:max_length], self.mask[:max_length], self.label)
+        labels = None if self.token_labels is None else self.token_labels[:max_length]
+        return Sample(self.tokens[:max_length], self.mask[:max_length], self.label, labels)
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[list[Sample]]:
@@ -44,13 +46,49 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], max_length: int
     """
     if tokenizer.eos_id is None:
         raise PrepareError("the model names no end-of-text token (eos), so documents cannot end", USAGE)
-    start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    start = _start(tokenizer)
     documents = []
     for encoding in tokenizer.encode_batch(texts):
         ids = [*start, *encoding.ids, tokenizer.eos_id]
         pieces = (ids[at : at + max_length] for at in range(0, len(ids), max_length))
         documents.append([Sample(piece, [0] + [1] * (len(piece) - 1)) for piece in pieces if len(piece) > 1])
     return documents
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[int]) -> list[Sample]:
+    """Each text alone, after the bos token if the model expects one, with its label: no token is a target."""
+    samples = []
+    for encoding, label in zip(tokenizer.encode_batch(texts), labels):
+        ids = [*_start(tokenizer), *encoding.ids]
+        samples.append(Sample(ids, [0] * len(ids), label))
+    return samples
+
+
+def encode_words(tokenizer: Tokenizer, sentences: Sequence[tuple[Sequence[str], Sequence[int | None]]]) -> list[Sample]:
+    """Words joined by spaces; the first token of a word with a label is a target and has it.
+
+    A token belongs to the word that its first character other than white space lies in.
+    """
+    texts = [" ".join(words) for words, _ in sentences]
+    samples = []
+    for text, (words, labels), encoding in zip(texts, sentences, tokenizer.encode_batch(texts, offsets=True)):
+        word_at = [number for number, word in enumerate(words) for _ in range(len(word) + 1)]
+        start = _start(tokenizer)
+        mask, token_labels, seen = [0] * len(start), [0] * len(start), set()
+        for begin, end in encoding.offsets:
+            inside = text[begin:end]
+            first = begin + len(inside) - len(inside.lstrip())
+            word = word_at[first] if first < end else None
+            label = None if word is None or word in seen else labels[word]
+            seen.add(word)
+            mask.append(int(label is not None))
+            token_labels.append(label or 0)
+        samples.append(Sample([*start, *encoding.ids], mask, None, token_labels))
+    return samples
+
+
+def _start(tokenizer: Tokenizer) -> list[int]:
+    return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
 
 
 def encode_chats(tokenizer: Tokenizer, wheres: Sequence[str],

@@ -35,7 +35,7 @@ class Description:
     tokenizer_sha256: str
     vocab_size: int
     labels: Sequence[str] = ()  # classification only
-    label_tokens: Sequence[Sequence[int]] = ()  # ids of each label with its end token
+    label_tokens: Sequence[Sequence[int]] = ()  # ids of each label with its end token, where texts end with it
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Split:
     pending_mask: bytearray = field(default_factory=bytearray)
     pending_offsets: array[int] = field(default_factory=lambda: array("Q", [0]))
     pending_labels: array[int] = field(default_factory=lambda: array("i"))
+    pending_token_labels: array[int] = field(default_factory=lambda: array("I"))
 
 
 def split_of(sample: Sample, eval_fraction: float) -> str:
@@ -84,6 +85,7 @@ class ShardSet:
         split.pending_offsets.append(len(split.pending_mask))
         if sample.label is not None:
             split.pending_labels.append(sample.label)
+        split.pending_token_labels.extend(sample.token_labels or ())
         split.samples += 1
         split.tokens += len(sample.tokens)
         split.targets += sum(sample.mask)
@@ -120,17 +122,23 @@ class ShardSet:
             _put(file, "loss_mask", np.frombuffer(split.pending_mask, np.uint8))
             _put(file, "offsets", np.frombuffer(split.pending_offsets, np.uint64))
             if self.description.labels:
-                _put(file, "label", np.frombuffer(split.pending_labels, np.int32))
-                self._write_labels(file)
+                self._write_labels(file, split)
         _sync(self._temporary(path))
         split.files.append(path)
         split.pending_tokens, split.pending_mask = array("I"), bytearray()
         split.pending_offsets, split.pending_labels = array("Q", [0]), array("i")
+        split.pending_token_labels = array("I")
 
-    def _write_labels(self, file: h5py.File) -> None:
-        lengths = [len(tokens) for tokens in self.description.label_tokens]
+    def _write_labels(self, file: h5py.File, split: Split) -> None:
         labels = self.description.labels
         _put(file, "labels", np.array([label.encode() for label in labels], _fixed_length(labels)))
+        if split.pending_token_labels:
+            _put(file, "token_labels", np.frombuffer(split.pending_token_labels, np.uint32))
+        else:
+            _put(file, "label", np.frombuffer(split.pending_labels, np.int32))
+        if not self.description.label_tokens:
+            return
+        lengths = [len(tokens) for tokens in self.description.label_tokens]
         _put(file, "label_tokens", np.concatenate(self.description.label_tokens).astype(np.uint32))
         _put(file, "label_offsets", np.cumsum([0, *lengths], dtype=np.uint64))
 

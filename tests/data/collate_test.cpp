@@ -35,6 +35,22 @@ TEST(Collate, LabelsOnlyWhatTheMaskOfTheNextTokenSays) {
   EXPECT_EQ(batch.num_targets, 2);
 }
 
+TEST(Collate, PredictsTheLabelOfADocumentAtItsLastToken) {
+  const std::vector<uint32_t> a = {11, 12, 13}, b = {21, 22};
+  const std::vector<uint8_t> none(3, 0), all(2, 1);
+  const Batch batch = collate(std::vector<Piece>{{a, none, 0, 0, 7}, {b, all, 0, 3, 0}}, 1, 6);
+  EXPECT_TRUE(batch.labels_BL.equal(rows({-100, -100, 7, -100, 0, -100}, 1)));
+  EXPECT_EQ(batch.num_targets, 2);
+}
+
+TEST(Collate, PredictsTheLabelsOfTokensAtTheTargets) {
+  const std::vector<uint32_t> tokens = {11, 12, 13}, labels = {4, 5, 6};
+  const std::vector<uint8_t> mask = {1, 0, 1};
+  const Batch batch = collate(std::vector<Piece>{{tokens, mask, 0, 1, kNoLabel, labels}}, 1, 5);
+  EXPECT_TRUE(batch.labels_BL.equal(rows({-100, 4, -100, 6, -100}, 1)));
+  EXPECT_EQ(batch.num_targets, 2);
+}
+
 TEST(Collate, GivesAnEmptyLaneItsShapeAndNoToken) {
   const Batch batch = collate({}, 3, 8);
   EXPECT_EQ(batch.tokens_BL.sizes(), at::IntArrayRef({3, 8}));

@@ -49,6 +49,24 @@ TEST_F(ShardTest, ReadsLabels) {
   EXPECT_EQ(shard.labels()->offsets, content_.labels->offsets);
 }
 
+TEST_F(ShardTest, ReadsLabelsOfTokensAndRefusesThoseOutOfRange) {
+  content_.labels = ShardLabels{.names = {"a", "b", "c"}};
+  for (size_t i = 0; i < content_.tokens.size(); ++i)
+    content_.labels->of_token.push_back(static_cast<uint32_t>(i % 3));
+  write_token_shard(path_, content_);
+  const std::vector<TokenShard::Run> runs = {{299'000, 3}, {4, 2}};
+  std::vector<uint32_t> read(5);
+  TokenShard(path_).read_token_labels(runs, read);
+  EXPECT_EQ(read, (std::vector<uint32_t>{299'000 % 3, 299'001 % 3, 299'002 % 3, 1, 2}));
+  content_.labels->of_token[5] = 3;
+  write_token_shard(path_, content_);
+  const TokenShard bad(path_);
+  EXPECT_THROW(bad.read_token_labels(runs, read), Error);
+  content_.labels->of_token.pop_back();
+  write_token_shard(path_, content_);
+  EXPECT_NE(refusal(path_).find("'token_labels'"), std::string::npos);
+}
+
 TEST_F(ShardTest, ReadsManyRunsInOneCall) {
   write_token_shard(path_, content_);
   const std::vector<TokenShard::Run> runs = {{299'000, 700}, {3, 0}, {262'140, 9}, {6, 2}};
