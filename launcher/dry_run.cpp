@@ -10,10 +10,10 @@
 #include "launcher/facts.h"
 #include "launcher/plan/memory.h"
 #include "launcher/progress.h"
+#include "launcher/task.h"
 #include "launcher/tokenizer_pipe.h"
 #include "launcher/trainer.h"
 #include "models/base.h"
-#include "models/io/open_source.h"
 #include "models/match.h"
 #include "peft/peft.h"
 
@@ -29,7 +29,7 @@ struct Unloaded {
 
 Unloaded unloaded(Run& run) {
   Unloaded parts;
-  parts.model = models::make_model(models::read_base_config(run.model.name_or_path));
+  parts.model = models::make_model(base_config(run));
   parts.adapters = std::make_unique<peft::Peft>(*parts.model, at::kCPU, 0);
   for (const std::string& directory : run.model.adapters.values)
     parts.adapters->attach_frozen(directory);
@@ -37,9 +37,11 @@ Unloaded unloaded(Run& run) {
   return parts;
 }
 
-/// The text of one document of a lane; consecutive targets between [[ and ]].
+/// The text of one document of a lane; consecutive targets between [[ and ]], behind a label its
+/// name.
+/// @param names  of the labels, none where tokens are predicted
 std::string marked_text(const data::Batch& batch, const data::Placement& place, int64_t row,
-                        TokenizerPipe& tokenizer) {
+                        const std::vector<std::string>& names, TokenizerPipe& tokenizer) {
   const auto part = [&](const at::Tensor& t_BL) {
     return t_BL[row].narrow(0, place.column, place.length);
   };
@@ -51,7 +53,12 @@ std::string marked_text(const data::Batch& batch, const data::Placement& place, 
     if (!run.empty()) text += target ? "[[" + tokenizer.decode(run) + "]]" : tokenizer.decode(run);
     run.clear();
   };
-  for (int64_t i = 0; i < place.length; ++i) {
+  for (int64_t i = 0; i < place.length && !names.empty(); ++i) {
+    const int64_t label = labels_L[i].item<int64_t>();
+    const std::string token = tokenizer.decode({tokens_L[i].item<int64_t>()});
+    text += label < 0 ? token : "[[" + token + "|" + names[static_cast<size_t>(label)] + "]]";
+  }
+  for (int64_t i = 0; i < place.length && names.empty(); ++i) {
     const bool is_target = i > 0 && labels_L[i - 1].item<int64_t>() >= 0;
     if (is_target != target) flush();
     target = is_target;
@@ -64,6 +71,7 @@ std::string marked_text(const data::Batch& batch, const data::Placement& place, 
 std::string samples_text(const Run& run, data::Loader& loader, int64_t first_lane) {
   TokenizerPipe tokenizer(run.model.name_or_path);
   const data::Loader::Step step = loader.next();
+  const auto names = loader.corpus().label_names(predicted_by(run));
   const int64_t rows = run.train.per_device_train_batch_size;
   std::string text;
   for (size_t i = 0; i < std::min(kSamples, step.placements.size()); ++i) {
@@ -72,7 +80,7 @@ std::string samples_text(const Run& run, data::Loader& loader, int64_t first_lan
     const auto where = loader.corpus().locate(place.document);
     text += "\n\n" + where.shard->path() + " row " + std::to_string(where.row) + ", " +
             std::to_string(place.length) + " tokens; learnt is what stands in [[ ]]:\n" +
-            marked_text(step.lanes[lane], place, place.row % rows, tokenizer);
+            marked_text(step.lanes[lane], place, place.row % rows, names, tokenizer);
   }
   return text;
 }
@@ -112,13 +120,25 @@ class FileChecks {
   configs::Fields& f_;
 };
 
-std::unique_ptr<models::Model> check_model(FileChecks& checks, const ModelConfig& config) {
+/// Rows without labels are told where the shards are checked.
+bool has_its_labels(const Run& run) {
+  const auto& rows = run.data.train.values.empty() ? run.data.eval : run.data.train;
+  try {
+    return data::Corpus(rows.values).label_names(predicted_by(run)).size() > 0;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+std::unique_ptr<models::Model> check_model(FileChecks& checks, const Run& run) {
   std::unique_ptr<models::Model> model;
-  if (config.name_or_path.empty()) return model;
+  const std::string& path = run.model.name_or_path;
+  if (path.empty()) return model;
+  const bool as_it_is = task_of(run) != models::Task::kCausalLm && !has_its_labels(run);
   checks.at("model.name_or_path", [&] {
-    model = models::make_model(models::read_base_config(config.name_or_path));
-    if (config.weights == "load")
-      models::match_weights(*model, *models::io::open_source(config.name_or_path));
+    model = models::make_model(as_it_is ? models::read_base_config(path) : base_config(run));
+    if (run.model.weights == "load")
+      models::match_weights(*model, *models::open_base(path, *model, 0));
   });
   return model;
 }
@@ -148,7 +168,8 @@ void check_adapters(FileChecks& checks, Run& run, models::Model* model) {
 
 /// @param model  may be null
 std::optional<data::Corpus> check_shards(FileChecks& checks, const std::string& key,
-                                         const configs::StringOrList& files, models::Model* model) {
+                                         const configs::StringOrList& files, data::Predict predict,
+                                         models::Model* model) {
   std::optional<data::Corpus> corpus;
   if (files.values.empty()) return corpus;
   checks.at(key, [&] {
@@ -161,6 +182,7 @@ std::optional<data::Corpus> check_shards(FileChecks& checks, const std::string& 
       }
       throw;
     }
+    corpus->label_names(predict);
     if (model != nullptr) check_vocabulary(*corpus, model->info());
   });
   return corpus;
@@ -168,11 +190,12 @@ std::optional<data::Corpus> check_shards(FileChecks& checks, const std::string& 
 
 void check_files(Run& run, configs::Fields& f) {
   FileChecks checks(f);
-  const auto model = check_model(checks, run.model);
+  const auto model = check_model(checks, run);
   check_adapters(checks, run, model.get());
-  const auto train = check_shards(checks, "data.train", run.data.train, model.get());
-  const auto held_out = check_shards(checks, "data.eval", run.data.eval, model.get());
-  if (train && held_out) checks.at("data.eval", [&] { check_same_tokenizer(*train, *held_out); });
+  const data::Predict predict = predicted_by(run);
+  const auto train = check_shards(checks, "data.train", run.data.train, predict, model.get());
+  const auto held_out = check_shards(checks, "data.eval", run.data.eval, predict, model.get());
+  if (train && held_out) checks.at("data.eval", [&] { check_held_out(run, *train, *held_out); });
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "configs/log.h"
 #include "data/loader.h"
 #include "launcher/progress.h"
+#include "launcher/task.h"
 #include "launcher/trainer.h"
 #include "models/io/safetensors.h"
 
@@ -30,6 +31,7 @@ data::LoaderConfig eval_loader_config(const Run& run, const World& world) {
   config.max_length = run.data.max_length;
   config.packing = run.data.packing ? data::Packing::kOn : data::Packing::kOff;
   config.shuffle = data::Shuffle::kOff;
+  config.predict = predicted_by(run);
   config.rows_per_lane = run.eval.per_device_eval_batch_size;
   config.num_lanes = std::max<int64_t>(kLanes, world.size());
   config.first_lane = std::min(config.num_lanes, lanes_a_rank(world) * world.rank());
@@ -51,24 +53,22 @@ std::vector<models::Lane> lanes_of(data::Loader::Step step, int64_t first, at::D
   return lanes;
 }
 
-/// Loss and targets of this rank's lanes of a step, [lanes_a_rank, 2] float64. Every rank makes the
-/// same gathers, whether or not it has rows.
+/// Loss, targets and hits of this rank's lanes of a step, [lanes_a_rank, 3] float64. Every rank
+/// makes the same gathers, whether or not it has rows.
 at::Tensor forward(Workbench& bench, std::vector<models::Lane> lanes, const models::Pass& pass) {
   const int64_t count = lanes_a_rank(bench.world);
   lanes.resize(static_cast<size_t>(count));
-  at::Tensor sums = at::zeros({count, 2}, at::kDouble);
-  double* row = sums.mutable_data_ptr<double>();
+  at::Tensor sums = at::zeros({count, 3}, at::kDouble);
+  int64_t l = 0;
   for (size_t first = 0; first < lanes.size(); first += kLanesPerGather) {
     const std::span group =
         std::span(lanes).subspan(first, std::min(kLanesPerGather, lanes.size() - first));
     for (const at::Tensor& sum : bench.trunk->forward(group, pass)) {
-      if (sum.defined()) *row = sum.item<double>();
-      row += 2;
+      sums[l][1] = lanes[static_cast<size_t>(l)].batch.num_targets;
+      if (sum.defined()) sums[l][0] = sum.flatten()[0];
+      if (sum.defined() && pass.want == models::Want::kLossAndHits) sums[l][2] = sum[1];
+      ++l;
     }
-  }
-  for (int64_t l = 0; l < count; ++l) {
-    sums.mutable_data_ptr<double>()[2 * l + 1] =
-        static_cast<double>(lanes[static_cast<size_t>(l)].batch.num_targets);
   }
   return sums;
 }
@@ -81,6 +81,7 @@ EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters) {
   check_vocabulary(loader.corpus(), bench.model->info());
   models::Pass pass;
   pass.adapters = adapters == Adapters::kOn;
+  if (run.eval.wants("accuracy")) pass.want = models::Want::kLossAndHits;
   Progress progress("evaluating");
   // Every rank lays out the same steps, so all leave this loop together.
   EvalResult result;
@@ -90,11 +91,12 @@ EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters) {
     last = step.last_of_epoch;
     const at::Tensor mine =
         forward(bench, lanes_of(std::move(step), config.first_lane, bench.world.device), pass);
-    at::Tensor all = at::empty({mine.size(0) * bench.world.size(), 2}, at::kDouble);
+    at::Tensor all = at::empty({mine.size(0) * bench.world.size(), 3}, at::kDouble);
     bench.world.host->all_gather(mine, all, dist::Traffic::kControl, 0)->wait();
     for (int64_t l = 0; l < all.size(0); ++l) {
       loss += all[l][0].item<double>();
       result.targets += static_cast<int64_t>(all[l][1].item<double>());
+      result.hits += static_cast<int64_t>(all[l][2].item<double>());
     }
     progress.update(last ? loader.num_documents() : loader.cursor().position,
                     loader.num_documents());
@@ -115,12 +117,15 @@ void write_logits(Workbench& bench, const Run& run, const std::string& path) {
   config.packing = data::Packing::kOff;
   data::Loader loader(config);
   check_vocabulary(loader.corpus(), bench.model->info());
+  const models::ModelInfo info = bench.model->info();
+  const bool is_pooled = info.task == models::Task::kSequenceClassification;
   std::vector<models::io::SafetensorsEntry> entries;
   std::map<std::string, int64_t> rows;
   for (int64_t row = 0; row < loader.num_documents(); ++row) {
-    const int64_t length = std::min<int64_t>(loader.corpus().length(row), run.data.max_length);
+    const int64_t length =
+        is_pooled ? 1 : std::min<int64_t>(loader.corpus().length(row), run.data.max_length);
     const std::string name = "row." + std::to_string(row);
-    entries.push_back({name, "F32", {length, bench.model->info().vocab_size}});
+    entries.push_back({name, "F32", {length, info.num_outputs}});
     rows[name] = row;
   }
   models::Pass pass;
@@ -132,12 +137,10 @@ void write_logits(Workbench& bench, const Run& run, const std::string& path) {
       if (entry.bytes == 0) continue;
       loader.seek({0, rows.at(entry.name)});
       const auto lanes = lanes_of(loader.next(), 0, bench.world.device);
-      const at::Tensor logits_LV = bench.trunk->forward(lanes, pass)
-                                       .front()[0]
-                                       .narrow(0, 0, entry.shape[0])
-                                       .to(at::kFloat)
-                                       .cpu()
-                                       .contiguous();
+      at::Tensor logits_LV = bench.trunk->forward(lanes, pass).front()[0];
+      logits_LV = is_pooled ? logits_LV.index({lanes.front().batch.labels_BL[0].ge(0)})
+                            : logits_LV.narrow(0, 0, entry.shape[0]);
+      logits_LV = logits_LV.to(at::kFloat).cpu().contiguous();
       sink({static_cast<const std::byte*>(logits_LV.const_data_ptr()), logits_LV.nbytes()});
     }
   });

@@ -9,8 +9,9 @@
 namespace graft::launcher {
 
 struct EvalResult {
-  double loss = 0;  ///< mean over target tokens
+  double loss = 0;  ///< mean over targets
   int64_t targets = 0;
+  int64_t hits = 0;  ///< targets whose logit is the largest; counted if eval.metrics has accuracy
   int64_t documents = 0;
 };
 
@@ -20,7 +21,7 @@ enum class Adapters { kOff, kOn };
 EvalResult evaluate(Workbench& bench, const Run& run, Adapters adapters = Adapters::kOn);
 
 /// Writes the logits of each eval row in order, `row.0` [L, V] float32, `row.1` ... (padding cut
-/// off). One rank only.
+/// off); of a sequence classifier [1, labels], those at its last token. One rank only.
 void write_logits(Workbench& bench, const Run& run, const std::string& path);
 
 }  // namespace graft::launcher

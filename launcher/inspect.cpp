@@ -161,6 +161,10 @@ Inspection inspect_shard(const std::string& path) {
   for (int64_t begin = 0; begin < shard.num_tokens(); begin += kChunk) {
     const auto count = static_cast<size_t>(std::min(kChunk, shard.num_tokens() - begin));
     shard.read(begin, std::span(tokens).first(count), std::span(mask).first(count));
+    if (shard.labels() && shard.labels()->of_sample.empty()) {
+      const data::TokenShard::Run run{begin, static_cast<int64_t>(count)};
+      shard.read_token_labels({&run, 1}, std::span(tokens).first(count));
+    }
     targets +=
         std::count(mask.begin(), mask.begin() + static_cast<std::ptrdiff_t>(count), uint8_t{1});
   }

@@ -34,7 +34,8 @@ void DataConfig::fields(Fields& f) {
 }
 
 void TrainConfig::fields(Fields& f) {
-  f("task", task, f.one_of({"causal_lm"}), "what is learnt");
+  f("task", task, f.one_of({"causal_lm", "sequence_classification", "token_classification"}),
+    "what is learnt: the next token, a label of the document or of each token");
   f("max_steps", max_steps, f.at_least(1), "optimiser steps; or num_train_epochs, not both");
   f("num_train_epochs", num_train_epochs, f.positive(), "passes over data.train");
   f.require(!(max_steps && num_train_epochs), "num_train_epochs",
@@ -89,7 +90,8 @@ void EvalConfig::fields(Fields& f) {
   f("eval_steps", eval_steps, f.at_least(0), "steps between evaluations; 0: none while training");
   f("per_device_eval_batch_size", per_device_eval_batch_size, f.at_least(1), "rows of a batch");
   f("max_samples", max_samples, f.at_least(1), "rows evaluated; null: all");
-  f("metrics", metrics, f.one_of({"loss"}), "what is measured");
+  f("metrics", metrics, f.one_of({"loss", "accuracy"}),
+    "what graft eval measures; accuracy: the share of labels that are right");
   f("load_best_model_at_end", load_best_model_at_end, "the adapter with the lowest eval loss wins");
   f.require(!load_best_model_at_end || eval_steps > 0, "load_best_model_at_end",
             "needs eval.eval_steps above 0: there is no best without evaluations");
@@ -109,6 +111,8 @@ void RunConfig::fields(Fields& f) {
   const bool trains = !data.train.values.empty();
   f.require(!trains || train.max_steps || train.num_train_epochs, "train.max_steps",
             "is missing: set train.max_steps or train.num_train_epochs");
+  f.require(train.task != "causal_lm" || !eval.wants("accuracy"), "eval.metrics",
+            "has accuracy, which is of labels: train.task is causal_lm");
   f.require(eval.eval_steps == 0 || !data.eval.values.empty(), "eval.eval_steps",
             "is above 0 but data.eval names no shards");
 }

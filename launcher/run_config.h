@@ -3,6 +3,7 @@
 // help each.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -92,6 +93,9 @@ struct EvalConfig {
   std::vector<std::string> metrics = {"loss"};
   bool load_best_model_at_end = false;
 
+  bool wants(const char* metric) const {
+    return std::find(metrics.begin(), metrics.end(), metric) != metrics.end();
+  }
   void fields(Fields& f);
 };
 

@@ -15,6 +15,7 @@
 #include "launcher/inputs.h"
 #include "launcher/plan/memory.h"
 #include "launcher/progress.h"
+#include "launcher/task.h"
 
 namespace graft::launcher {
 namespace {
@@ -68,6 +69,7 @@ data::LoaderConfig train_loader_config(const Run& run, const World& world) {
   config.max_length = run.data.max_length;
   config.packing = run.data.packing ? data::Packing::kOn : data::Packing::kOff;
   config.shuffle = run.data.shuffle ? data::Shuffle::kOn : data::Shuffle::kOff;
+  config.predict = predicted_by(run);
   config.seed = static_cast<uint64_t>(run.train.seed);
   config.rows_per_lane = run.train.per_device_train_batch_size;
   config.num_local_lanes = run.train.gradient_accumulation_steps;
@@ -76,13 +78,6 @@ data::LoaderConfig train_loader_config(const Run& run, const World& world) {
   config.on_bad_sample =
       run.data.on_bad_sample == "skip" ? data::OnBadSample::kSkip : data::OnBadSample::kStop;
   return config;
-}
-
-void check_same_tokenizer(const data::Corpus& train, const data::Corpus& held_out) {
-  const auto &a = train.shards().front(), &b = held_out.shards().front();
-  GRAFT_CHECK(a.tokenizer_sha256() == b.tokenizer_sha256(), ExitCode::kData,
-              "data.eval: ", b.path(), " was made with another tokenizer than ", a.path(),
-              " of data.train");
 }
 
 Schedule schedule_of(const Run& run, const data::Loader& loader) {

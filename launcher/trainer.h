@@ -101,8 +101,5 @@ models::Lane make_lane(data::Batch batch, int64_t number, at::Device device);
 
 /// @throws graft::Error (kData) if a shard was made with a larger vocabulary than the model's
 void check_vocabulary(const data::Corpus& corpus, const models::ModelInfo& model);
-/// @throws graft::Error (kData) if held-out rows were made with another tokenizer than the rows
-/// trained on
-void check_same_tokenizer(const data::Corpus& train, const data::Corpus& held_out);
 
 }  // namespace graft::launcher

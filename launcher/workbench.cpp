@@ -8,9 +8,9 @@
 #include "configs/log.h"
 #include "launcher/progress.h"
 #include "launcher/starts.h"
+#include "launcher/task.h"
 #include "launcher/trainer.h"
 #include "models/base.h"
-#include "models/io/open_source.h"
 #include "models/load.h"
 #include "models/names.h"
 
@@ -110,7 +110,8 @@ void load_base(Workbench& bench, const Run& config) {
   const auto source =
       config.model.weights == "random"
           ? models::random_source(*bench.model, static_cast<uint64_t>(config.train.seed))
-          : models::io::open_source(config.model.name_or_path);
+          : models::open_base(config.model.name_or_path, *bench.model,
+                              static_cast<uint64_t>(config.train.seed));
   std::vector<models::SourceHash> hashes;
   const auto load = [&]() -> models::Trunk& {
     hashes = fill_store(bench, *source, options);
@@ -153,7 +154,7 @@ std::unique_ptr<peft::BaseWeights> Workbench::base_weights() {
 
 Workbench build_workbench(World& world, Run& config, const std::string& resume) {
   Workbench bench{world, compute_dtype(config.model.dtype, world.device), {}, {}, {}, {}, {}, {}};
-  bench.model = models::make_model(models::read_base_config(config.model.name_or_path));
+  bench.model = models::make_model(base_config(config));
   bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device,
                                                 static_cast<uint64_t>(config.train.seed));
   for (const std::string& directory : config.model.adapters.values)

@@ -231,7 +231,59 @@ class RandomSource : public io::TensorSource {
   std::vector<io::SourceTensor> tensors_;
 };
 
+/// A base's files and the tensors of a new head; these cost nothing to read.
+class WithNewHead : public io::TensorSource {
+ public:
+  WithNewHead(std::unique_ptr<io::TensorSource> files, Model& model, uint64_t seed)
+      : files_(std::move(files)), seed_(seed), deviation_(model.info().initializer_range) {
+    tensors_ = files_->tensors();
+    for_each_weight(model, [&](int, const std::string& name, const Weight& w) {
+      const std::string hf = model.names().to_hf(name)->name;
+      if (name.starts_with("head.") && files_->find(hf) == nullptr)
+        tensors_.push_back({hf, w.shape(), "F32", 0});
+    });
+    std::sort(tensors_.begin(), tensors_.end(),
+              [](const auto& a, const auto& b) { return a.name < b.name; });
+  }
+  const std::vector<io::SourceTensor>& tensors() const override { return tensors_; }
+  Tensor read(const std::string& name) override {
+    if (files_->find(name) != nullptr) return files_->read(name);
+    const Tensor t = at::zeros(find(name)->shape);
+    if (t.dim() == 1) return t;
+    kernels::normal(t, kernels::derive({seed_, 0}, XXH3_64bits(name.data(), name.size())));
+    return t.mul_(deviation_);
+  }
+  std::optional<io::FourBit> read_four_bit(const std::string& name) override {
+    return files_->find(name) != nullptr ? files_->read_four_bit(name) : std::nullopt;
+  }
+  std::string describe() const override { return files_->describe(); }
+
+ private:
+  std::unique_ptr<io::TensorSource> files_;
+  uint64_t seed_;
+  double deviation_;
+  std::vector<io::SourceTensor> tensors_;
+};
+
 }  // namespace
+
+void make_classifier(Json& config, Task task, int64_t num_labels) {
+  const ModelInfo info = make_model(config)->info();
+  const std::string_view name = names_of(info.task).name;
+  GRAFT_CHECK(info.task == Task::kCausalLm || info.task == task, "the base is a ", info.hf_class,
+              ", which is for train.task: ", name, ", not ", names_of(task).name);
+  GRAFT_CHECK(info.task == Task::kCausalLm || info.num_outputs == num_labels, "the base is a ",
+              info.hf_class, " with ", info.num_outputs, " labels, the data has ", num_labels);
+  config["architectures"] = {std::string(names_of(task).hf_class)};
+  config["num_labels"] = num_labels;
+  config.erase("id2label");
+}
+
+std::unique_ptr<io::TensorSource> open_base(const std::string& path, Model& model, uint64_t seed) {
+  auto source = io::open_source(path);
+  if (model.info().task == Task::kCausalLm) return source;
+  return std::make_unique<WithNewHead>(std::move(source), model, seed);
+}
 
 nlohmann::json read_base_config(const std::string& path) {
   namespace fs = std::filesystem;

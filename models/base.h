@@ -32,6 +32,15 @@ std::unique_ptr<Model> make_model(const nlohmann::json& config);
 /// files. A pure function of (seed, name, element).
 std::unique_ptr<io::TensorSource> random_source(Model& model, uint64_t seed);
 
+/// Makes a causal LM's config one of a classifier with the same blocks; that of a classifier must
+/// be for the same.
+/// @throws graft::Error (kUsage) if it is a classifier for another task or number of labels
+void make_classifier(nlohmann::json& config, Task task, int64_t num_labels);
+
+/// The weights of a base for a model of its config. A classifier's head that the files do not have
+/// is drawn: N(0, initializer_range^2), its bias zero, a pure function of (seed, name, element).
+std::unique_ptr<io::TensorSource> open_base(const std::string& path, Model& model, uint64_t seed);
+
 struct FamilyFacts {
   std::string name;
   std::vector<std::string> model_types;

@@ -128,7 +128,8 @@ std::vector<SourceHash> load_weights(Model& model, dist::BlockStore& store,
     if (own < items.size()) {
       auto [payload, hash] = read(items[own], source, model.info().head_dim, options);
       mine = std::move(payload);
-      hashes.push_back({items[own].source->name, std::move(hash)});
+      const bool is_of_the_base = items[own].source->file_bytes > 0;  // a new head is not
+      if (is_of_the_base) hashes.push_back({items[own].source->name, std::move(hash)});
     }
     for (size_t i = first; i < std::min(first + world, items.size()); ++i) {
       const Weight& w = *items[i].weight;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "models/slots.h"
+#include "models/task.h"
 #include "models/weight.h"
 
 namespace graft::models {
@@ -32,7 +33,10 @@ struct ModelInfo {
   std::string family;      ///< "llama"
   std::string model_type;  ///< Hugging Face's, "qwen3"
   std::string hf_class;    ///< "Qwen3ForCausalLM"
+  Task task = Task::kCausalLm;
   int64_t hidden_size = 0, head_dim = 0, num_layers = 0, vocab_size = 0, max_length = 0;
+  int64_t num_outputs = 0;          ///< of the head: the vocabulary, or a classifier's labels
+  double initializer_range = 0.02;  ///< deviation of a new head's first values
   bool tied_head = false;
   /// Multiply-adds of the frozen matrices for one token, forward: blocks, and head.
   int64_t block_macs = 0, head_macs = 0;

@@ -55,9 +55,9 @@ struct KvCache {
   int64_t length = 0;  ///< positions held; a pass appends behind them
 };
 
-/// What the last stage returns as h(): the summed loss (scalar), all logits [B, L, V], or those of
-/// the last position.
-enum class Want { kLoss, kLogits, kLastLogits };
+/// What the last stage returns as h(): the summed loss (scalar), that and the number of targets
+/// whose logit is the largest [2] float64, all logits [B, L, V], or those of the last position.
+enum class Want { kLoss, kLossAndHits, kLogits, kLastLogits };
 
 /// Where a call is: everything a stage or an adapter may depend on besides its input.
 struct Pass {

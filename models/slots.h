@@ -96,10 +96,14 @@ class CarryAdapter : public torch::nn::Module {
   virtual Carry forward(Carry carry, const Stage& stage, const Pass& pass) = 0;
 };
 
-/// Placed at the loss: a sum over the lane's targets, added to the loss sum.
+/// Placed at the loss. Undefined: it adds nothing.
 class LossAdapter : public torch::nn::Module {
  public:
-  virtual Tensor term(const Carry& carry, const Pass& pass) = 0;
+  /// A sum over the lane's targets, added to the loss sum.
+  virtual Tensor term(const Carry& /*carry*/, const Pass& /*pass*/) { return {}; }
+  /// A function of the parameters alone, added to the mean loss of a step: once, after gradients
+  /// are summed, never per lane or rank.
+  virtual Tensor penalty() const { return {}; }
 };
 
 /// Runs `base` through the adapters of a slot, innermost first.

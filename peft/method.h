@@ -118,6 +118,8 @@ class Method {
   virtual void after_step(const StepInfo& /*info*/) {}
   /// True if the model computes the same with and without the method before the first step.
   virtual bool starts_as_base() const { return true; }
+  /// True if it trains nothing itself: it acts on what the methods before it in the list train.
+  virtual bool acts_on_others() const { return false; }
 
   /// PEFT's name of the method ("LORA"); empty where PEFT has none.
   virtual std::string peft_type() const { return ""; }

@@ -1,6 +1,7 @@
 #include "peft/peft.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -38,6 +39,8 @@ void set_values(const ParamSet& set, const AdapterFile& file) {
   set_values(set.all(), set.constants(), file.read(set.all(), set.constants()), file);
 }
 
+bool is_head(const Param& param) { return param.name.ends_with(".head.weight"); }
+
 bool is_within(const configs::Bound& bound, const configs::Node& value) {
   if (value.kind != configs::Node::Kind::kScalar) {
     return std::all_of(value.items.begin(), value.items.end(),
@@ -65,15 +68,58 @@ void check_bounds(Method& method, const std::string& path) {
 Peft::Peft(models::Model& model, at::Device device, uint64_t seed)
     : model_(model), device_(device), random_{seed, 0}, slots_(model) {}
 
+/// A classifier's adapter has a head that no causal LM has.
+void Peft::check_task(const std::string& directory) const {
+  const auto config = read_saved_adapter(directory).config;
+  const auto type = config.value("task_type", nlohmann::ordered_json());
+  const models::ModelInfo info = model_.info();
+  for (const models::TaskNames& task : models::kTasks) {
+    if (task.task == models::Task::kCausalLm || task.task == info.task) continue;
+    GRAFT_CHECK(type != task.peft_type, directory, ": an adapter for ", task.name, " (task_type ",
+                task.peft_type, "), the model is a ", info.hf_class,
+                "; evaluate it with `graft eval` and train.task: ", task.name);
+  }
+}
+
+/// A classifier's head is trained and saved with the first method, as PEFT does; a method that does
+/// not list it among its modules_to_save gets it here.
+/// @param wanted  whether, by the key of its weight in the file
+template <class Wanted>
+std::shared_ptr<WholeTensors> Peft::attach_with_head(Method& method, AttachContext& context,
+                                                     const Wanted& wanted) {
+  const auto& params = context.params.all();
+  const size_t first = params.size();
+  method.attach(context);
+  const LinearSite* head = slots_.find_linear("head");
+  if (head == nullptr || params.size() == first) return nullptr;
+  // PEFT wraps the model once more where it puts modules into it; of prompts it does not.
+  std::string_view prefix = "base_model.";
+  bool is_listed = false;
+  for (size_t i = first; i < params.size(); ++i) {
+    if (params[i].hf_key.starts_with(kFilePrefix)) prefix = kFilePrefix;
+    is_listed = is_listed || is_head(params[i]);
+  }
+  if (is_listed || model_.info().task == models::Task::kCausalLm ||
+      !wanted(std::string(prefix) + head->hf_path + ".weight"))
+    return nullptr;
+  auto whole = std::make_shared<WholeTensors>("");
+  whole->add(context, *head, prefix);
+  return whole;
+}
+
 void Peft::attach_frozen(const std::string& directory) {
   std::string name;
-  Frozen frozen{method_of_directory(directory, name), {}, directory};
+  check_task(directory);
+  Frozen frozen{method_of_directory(directory, name), {}, directory, {}};
   const AdapterFile file(directory);
   file.check_modules(slots_);
   AttachContext context{slots_,  model_.info(), frozen.params,
                         random_, device_,       "frozen" + std::to_string(frozen_.size()) + "."};
   try {
-    frozen.method->attach(context);
+    frozen.head = attach_with_head(*frozen.method, context, [&](const std::string& key) {
+      const auto names = file.names();
+      return std::find(names.begin(), names.end(), key) != names.end();
+    });
   } catch (const Error& error) {  // its fields are the directory's, not the user's
     throw Error(error.code() == ExitCode::kUsage ? ExitCode::kData : error.code(),
                 directory + ": " + error.what());
@@ -91,23 +137,32 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   GRAFT_CHECK(index < kMostMethods, "peft: ", index + 1, " methods, at most ", kMostMethods,
               " are allowed");
   if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
-  if (entry.init_from) AdapterFile(*entry.init_from).check_modules(slots_);
+  if (entry.init_from) {
+    check_task(*entry.init_from);
+    AdapterFile(*entry.init_from).check_modules(slots_);
+  }
   const std::string from = resume.empty() ? entry.init_from.value_or("") : resume;
   if (!from.empty()) entry.method->continue_from(read_saved_adapter(from));
   const size_t first = params_.all().size(), first_constant = params_.constants().size();
   AttachContext context{slots_,  model_.info(),
                         params_, kernels::derive(random_, index + 1),
                         device_, std::to_string(index) + "."};
-  entry.method->attach(context);
+  auto head =
+      attach_with_head(*entry.method, context, [&](const std::string&) { return !trains_head_; });
   trained_.push_back({entry.name, entry.method, first, params_.all().size() - first, first_constant,
                       params_.constants().size() - first_constant, entry.init_from.value_or(""),
-                      !from.empty()});
+                      !from.empty(), std::move(head)});
   const Trained& part = trained_.back();
+  const auto params = params_of(part);
+  const auto constants = constants_of(part);
+  const bool trains_head = std::any_of(params.begin(), params.end(), is_head);
+  GRAFT_CHECK(!trains_head || !trains_head_, "peft: ", entry.name,
+              " trains the head, which a method before it trains already");
+  trains_head_ = trains_head_ || trains_head;
+  if (part.num_params + part.num_constants > 0) saved_.push_back(index);
   check_thawed_alone();
   if (from.empty()) return;
   // Now, because how the base is stored may depend on them.
-  const auto params = params_of(part);
-  const auto constants = constants_of(part);
   const AdapterFile file(from);
   set_values(params, constants, file.read(params, constants), file);
 }
@@ -129,8 +184,15 @@ void Peft::check_thawed_alone() const {
 }
 
 void Peft::attach(std::vector<MethodEntry>& entries, const std::string& resume) {
-  for (size_t i = 0; i < entries.size(); ++i)
-    attach(entries[i], resume.empty() ? "" : part_directory(resume, i, entries.size()));
+  const auto is_saved = [](const MethodEntry& entry) {
+    return entry.method == nullptr || !entry.method->acts_on_others();
+  };
+  const auto count = static_cast<size_t>(std::count_if(entries.begin(), entries.end(), is_saved));
+  size_t part = 0;
+  for (MethodEntry& entry : entries) {
+    const bool goes_on = !resume.empty() && is_saved(entry);
+    attach(entry, goes_on ? part_directory(resume, part++, count) : "");
+  }
 }
 
 std::vector<Peft::Start> Peft::starts() const {
@@ -182,10 +244,12 @@ void Peft::initialize(BaseWeights& base) {
   for (const Frozen& frozen : frozen_) {
     frozen.method->initialize(
         base);  // may take values from the base, so the saved ones are set again
+    if (frozen.head) frozen.head->initialize(base);
     set_values(frozen.params, AdapterFile(frozen.directory));
   }
-  for (const Trained& part : trained_) part.method->initialize(base);
-  for (const Trained& part : trained_) {
+  for (const Trained& part : trained_) {  // a later one may look at the values of those before it
+    part.method->initialize(base);
+    if (part.head) part.head->initialize(base);
     if (part.init_from.empty()) continue;
     const auto params = params_of(part);
     const auto constants = constants_of(part);
@@ -202,7 +266,26 @@ void Peft::check_base_copies(BaseWeights& base) const {
   }
 }
 
+/// Every rank adds the same gradients to the same sums.
+void Peft::add_penalties() const {
+  const at::AutoGradMode with_grad(true);
+  std::vector<Tensor> values;
+  for (const Param& param : params_.all()) values.push_back(param.value);
+  for (const auto& site : slots_.losses) {
+    for (const auto& adapter : site.slot->adapters()) {
+      const Tensor penalty = adapter->penalty();
+      if (!penalty.defined() || !penalty.requires_grad()) continue;
+      const auto gradients =
+          torch::autograd::grad({penalty}, values, {}, std::nullopt, false, /*allow_unused=*/true);
+      for (size_t i = 0; i < values.size(); ++i) {
+        if (gradients[i].defined()) values[i].mutable_grad().add_(gradients[i]);
+      }
+    }
+  }
+}
+
 void Peft::after_reduce(const StepInfo& info) {
+  add_penalties();
   for (const Trained& part : trained_) part.method->after_reduce(info);
 }
 
@@ -212,7 +295,7 @@ void Peft::after_step(const StepInfo& info) {
 }
 
 Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
-  const Trained& part = trained_.at(index);
+  const Trained& part = trained_.at(saved_.at(index));
   const std::string type = part.method->peft_type();
   Saved saved;
   saved.config = part.method->to_peft_config(slots_);
@@ -222,6 +305,10 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config["revision"] =
       base.revision.empty() ? nlohmann::json(nullptr) : nlohmann::json(base.revision);
   saved.config["inference_mode"] = true;
+  if (part.head) {
+    nlohmann::json& whole = saved.config["modules_to_save"];
+    whole.push_back(slots_.find_linear("head")->hf_path);
+  }
   nlohmann::json facts = saved.config.value(kOwnEntries, nlohmann::json::object());
   saved.config.erase(kOwnEntries);
   facts.update({{"method", part.name}, {"base_fingerprint", base.fingerprint}});
@@ -256,13 +343,15 @@ std::map<std::string, std::function<Tensor()>> Peft::replaced_weights() const {
 
 void Peft::load(const std::string& directory) {
   std::vector<std::vector<Tensor>> values;
-  for (size_t i = 0; i < trained_.size(); ++i) {
-    const AdapterFile file(part_directory(directory, i, trained_.size()));
-    values.push_back(file.read(params_of(trained_[i]), constants_of(trained_[i])));
+  for (size_t i = 0; i < num_saved(); ++i) {
+    const AdapterFile file(part_directory(directory, i, num_saved()));
+    const Trained& part = trained_[saved_[i]];
+    values.push_back(file.read(params_of(part), constants_of(part)));
   }
-  for (size_t i = 0; i < trained_.size(); ++i) {
-    set_values(params_of(trained_[i]), constants_of(trained_[i]), values[i],
-               AdapterFile(part_directory(directory, i, trained_.size())));
+  for (size_t i = 0; i < num_saved(); ++i) {
+    const Trained& part = trained_[saved_[i]];
+    set_values(params_of(part), constants_of(part), values[i],
+               AdapterFile(part_directory(directory, i, num_saved())));
   }
 }
 
@@ -283,16 +372,20 @@ std::shared_ptr<Method> method_of_directory(const std::string& directory, std::s
       entry != adapter.config.end() && entry->is_string() ? entry->get<std::string>() : "";
   const std::string ours = adapter.facts.value("method", "");
   std::set<std::string> known;
+  std::shared_ptr<Method>
+      found;  // of several names for one type that which the file was trained by
   for (const auto& registered : methods().entries()) {
     std::shared_ptr<Method> method = registered.make();
     if (!method->peft_type().empty()) known.insert(method->peft_type());
     const bool is_ours = type.empty() && method->peft_type().empty() && registered.name == ours;
     if (!is_ours && (type.empty() || method->peft_type() != type || !method->is_in(adapter)))
       continue;
-    method->from_peft_config(adapter);
-    check_bounds(*method, directory + "/adapter_config.json");
-    name = registered.name;
-    return method;
+    if (found == nullptr || registered.name == ours) found = method, name = registered.name;
+  }
+  if (found != nullptr) {
+    found->from_peft_config(adapter);
+    check_bounds(*found, directory + "/adapter_config.json");
+    return found;
   }
   throw Error(ExitCode::kData, directory + "/adapter_config.json: peft_type '" + type +
                                    "' is not supported; known: " +

@@ -11,6 +11,7 @@
 
 #include "models/io/safetensors.h"
 #include "peft/method.h"
+#include "peft/whole_tensors.h"
 
 namespace graft::peft {
 
@@ -74,7 +75,8 @@ class Peft {
   /// Tensors of the base that attached directories replace, by our name; each is read when called.
   std::map<std::string, std::function<Tensor()>> replaced_weights() const;
 
-  size_t num_trained() const { return trained_.size(); }
+  /// Those that have something to save.
+  size_t num_saved() const { return saved_.size(); }
   Saved save(size_t index, const BaseFacts& base) const;
   /// Values of every trained parameter from an adapter directory (or its numbered parts), all or
   /// nothing.
@@ -86,15 +88,22 @@ class Peft {
     std::shared_ptr<Method> method;
     size_t first_param, num_params, first_constant, num_constants;
     std::string init_from;
-    bool goes_on;  ///< from an adapter: nothing is left to start
+    bool goes_on;                        ///< from an adapter: nothing is left to start
+    std::shared_ptr<WholeTensors> head;  ///< see attach_with_head
   };
   struct Frozen {
     std::shared_ptr<Method> method;
     ParamSet params;
     std::string directory;
+    std::shared_ptr<WholeTensors> head;
   };
   std::vector<Method*> all() const;  ///< innermost first
   void check_thawed_alone() const;
+  void check_task(const std::string& directory) const;
+  template <class Wanted>
+  std::shared_ptr<WholeTensors> attach_with_head(Method& method, AttachContext& context,
+                                                 const Wanted& wanted);
+  void add_penalties() const;
   std::vector<Param> params_of(const Trained& part) const;
   std::vector<Constant> constants_of(const Trained& part) const;
 
@@ -104,6 +113,8 @@ class Peft {
   SlotMap slots_;
   ParamSet params_;  ///< of the trained methods
   std::vector<Trained> trained_;
+  std::vector<size_t> saved_;  ///< of trained_
+  bool trains_head_ = false;
   std::vector<Frozen> frozen_;
 };
 

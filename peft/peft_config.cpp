@@ -26,7 +26,7 @@ std::string_view module_of(std::string_view tensor, std::string_view leaf) {
 
 PeftConfigReader::PeftConfigReader(const SavedAdapter& adapter) : adapter_(adapter) {
   ignore({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-          "peft_version", "auto_mapping"});
+          "peft_version", "auto_mapping", "modules_to_save"});  // of these the tensors say more
 }
 
 const nlohmann::ordered_json& PeftConfigReader::entry(const std::string& key) {
@@ -50,7 +50,6 @@ void PeftConfigReader::get_targets(const std::vector<std::string_view>& leaves, 
 }
 
 std::vector<std::string> PeftConfigReader::whole_modules() {
-  ignore({"modules_to_save"});
   std::vector<std::string> modules;
   for (const std::string& tensor : adapter_.tensors) {
     const std::string_view module = module_of(tensor, kWeight.substr(1));

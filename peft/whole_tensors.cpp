@@ -8,24 +8,26 @@
 namespace graft::peft {
 namespace {
 
-/// y = x W'^T (+ b), or rows of W': the frozen matrix is not used at all.
+/// y = x W'^T (+ b'), or rows of W': the frozen matrix is not used at all.
 class WholeWeight : public models::LinearAdapter {
  public:
   WholeWeight(const LinearSite& site, at::Device device) : kind_(site.info.kind) {
     const bool embedding = kind_ == models::LinearKind::kEmbedding;
-    weight = register_parameter("weight",
-                                at::zeros({embedding ? site.info.in : site.info.out,
-                                           embedding ? site.info.out : site.info.in},
-                                          at::TensorOptions().dtype(at::kFloat).device(device)));
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+    weight = register_parameter("weight", at::zeros({embedding ? site.info.in : site.info.out,
+                                                     embedding ? site.info.out : site.info.in},
+                                                    options));
+    if (site.info.has_bias) bias = register_parameter("bias", at::zeros({site.info.out}, options));
   }
   Tensor forward(const Tensor& x, const models::LinearOp&, const models::Pass&) override {
     if (kind_ == models::LinearKind::kEmbedding) return at::embedding(weight, x);
-    return at::linear(x, weight.to(x.scalar_type()));
+    const auto type = x.scalar_type();
+    return at::linear(x, weight.to(type), bias.defined() ? bias.to(type) : bias);
   }
-  bool mergeable() const override { return true; }
+  bool mergeable() const override { return !bias.defined(); }
   Tensor merged(const Tensor& w) const override { return weight.to(w.scalar_type()); }
 
-  Tensor weight;
+  Tensor weight, bias;
 
  private:
   models::LinearKind kind_;
@@ -66,14 +68,13 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
         GRAFT_CHECK(site != other, "peft: ", site->name,
                     " is both in target_modules and in modules_to_save");
       }
-      GRAFT_CHECK(!site->info.has_bias, "peft: modules_to_save: ", site->name,
-                  " has a bias, which is not supported");
-      weights_.push_back({site, std::make_shared<WholeWeight>(*site, context.device)});
-      attach_linear(context, *site, weights_.back().adapter, {{"weight", "weight"}});
+      add(context, *site, kFilePrefix);
     }
   }
   const auto train_bias = [&](const LinearSite& site, bool is_adapted) {
-    if (!site.info.has_bias) return;
+    const bool is_whole = std::any_of(weights_.begin(), weights_.end(),
+                                      [&](const Copy& copy) { return copy.site == &site; });
+    if (!site.info.has_bias || is_whole) return;
     biases_.push_back({&site, std::make_shared<WholeBias>(site, context.device)});
     attach_linear(context, site, biases_.back().adapter,
                   {{"bias", is_adapted ? "base_layer.bias" : "bias"}});
@@ -87,10 +88,19 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
   }
 }
 
+void WholeTensors::add(AttachContext& context, const LinearSite& site, std::string_view prefix) {
+  weights_.push_back({&site, std::make_shared<WholeWeight>(site, context.device)});
+  site.slot->push(weights_.back().adapter);
+  list_tensors(context, *weights_.back().adapter,
+               {site.name, std::string(prefix) + site.hf_path, site.stage}, {});
+}
+
 void WholeTensors::initialize(BaseWeights& base) {
   const at::NoGradGuard no_grad;
   for (const Copy& copy : weights_) {
-    static_cast<WholeWeight&>(*copy.adapter).weight.copy_(base.weight(*copy.site));
+    auto& whole = static_cast<WholeWeight&>(*copy.adapter);
+    whole.weight.copy_(base.weight(*copy.site));
+    if (whole.bias.defined()) whole.bias.copy_(base.bias(*copy.site));
   }
   for (const Copy& copy : biases_) {
     static_cast<WholeBias&>(*copy.adapter).initialize(*copy.site, base);

@@ -28,11 +28,16 @@ class WholeTensors {
  public:
   /// @param bias_only  what PEFT calls the biases of the adapted matrices: "lora_only"; empty: the
   ///                   method has no `bias`
-  explicit WholeTensors(std::string bias_only) : bias_only_(std::move(bias_only)) {}
+  /// @param modules    the default of modules_to_save
+  explicit WholeTensors(std::string bias_only, configs::StringOrList modules = {})
+      : bias_only_(std::move(bias_only)), modules_to_save_(std::move(modules)) {}
 
   void fields(configs::Fields& f);
   /// @param adapted  the slots whose bias `bias_only` means
   void attach(AttachContext& context, const std::vector<const LinearSite*>& adapted);
+  /// One matrix more, with its bias.
+  /// @param prefix  of its keys in files, before the path of the module
+  void add(AttachContext& context, const LinearSite& site, std::string_view prefix);
   /// Copies the frozen values in.
   void initialize(BaseWeights& base);
   nlohmann::json to_peft_config(const SlotMap& slots) const;
@@ -44,7 +49,7 @@ class WholeTensors {
     std::shared_ptr<models::LinearAdapter> adapter;
   };
   std::string bias_only_;
-  configs::StringOrList modules_to_save_ = {};
+  configs::StringOrList modules_to_save_;
   std::string bias_ = "none";
   std::vector<Copy> weights_, biases_;
 };

@@ -187,10 +187,11 @@ void write_tensors(const std::string& path, const peft::Peft::Saved& saved, cons
 
 /// Collective where weights are thawed; rank 0 writes.
 void write_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
-  const peft::BaseFacts base{run.model.name_or_path, "CAUSAL_LM", bench.fingerprint,
+  const std::string task(models::names_of(bench.model->info().task).peft_type);
+  const peft::BaseFacts base{run.model.name_or_path, task, bench.fingerprint,
                              run.model.revision.value_or("")};
-  for (size_t i = 0; i < bench.adapters->num_trained(); ++i) {
-    const std::string part = peft::part_directory(directory, i, bench.adapters->num_trained());
+  for (size_t i = 0; i < bench.adapters->num_saved(); ++i) {
+    const std::string part = peft::part_directory(directory, i, bench.adapters->num_saved());
     const auto saved = bench.adapters->save(i, base);
     if (bench.world.rank() == 0) fs::create_directories(part);
     write_tensors(part + "/adapter_model.safetensors", saved, bench.world);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <iomanip>
 
 #include "configs/check.h"
 #include "configs/log.h"
@@ -11,6 +12,7 @@
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/evaluate.h"
 #include "launcher/facts.h"
+#include "launcher/task.h"
 #include "launcher/trainer.h"
 #include "launcher/verbs/verbs.h"
 #include "models/base.h"
@@ -50,7 +52,7 @@ void choose_adapter(const EvalArguments& arguments, Run& run, std::string& said)
 void check_eval_data(const EvalArguments& arguments, const Run& run) {
   GRAFT_CHECK(!run.data.eval.values.empty(), arguments.run.config,
               ": data.eval names no shards to evaluate on");
-  const auto model = models::make_model(models::read_base_config(run.model.name_or_path));
+  const auto model = models::make_model(base_config(run));
   check_vocabulary(data::Corpus(run.data.eval.values), model->info());
 }
 
@@ -71,25 +73,33 @@ int eval(const EvalArguments& arguments, const dist::Topology& topology,
   log::info("evaluating " + what);
   if (!arguments.logits.empty()) write_logits(bench, run, arguments.logits);
   const EvalResult result = evaluate(bench, run);
+  const auto accuracy = [&] {
+    return static_cast<double>(result.hits) / static_cast<double>(result.targets);
+  };
   GRAFT_CHECK(std::isfinite(result.loss), ExitCode::kNumerics, "the held-out loss of ", what,
               " is ", result.loss,
               ": these weights compute numbers that are not finite; try model.dtype=float32, and "
               "look at them with `graft inspect`");
   if (world.rank() != 0) return 0;
-  const nlohmann::ordered_json record = {{"what", what},
-                                         {"metrics", {{"loss", result.loss}}},
-                                         {"target_tokens", result.targets},
-                                         {"documents", result.documents},
-                                         {"base_fingerprint", bench.fingerprint}};
+  nlohmann::ordered_json record = {{"what", what},
+                                   {"metrics", {{"loss", result.loss}}},
+                                   {"target_tokens", result.targets},
+                                   {"documents", result.documents},
+                                   {"base_fingerprint", bench.fingerprint}};
+  if (run.eval.wants("accuracy")) record["metrics"]["accuracy"] = accuracy();
   write_record(
       arguments.output.empty() ? run.checkpoint.output_dir + "/eval.json" : arguments.output,
       record);
   if (arguments.json) {
     std::printf("%s\n", record.dump().c_str());
   } else {
-    std::printf("loss %.4f   (%lld target tokens in %lld documents, %s)\n", result.loss,
-                static_cast<long long>(result.targets), static_cast<long long>(result.documents),
-                what.c_str());
+    const std::string more =
+        run.eval.wants("accuracy")
+            ? detail::concat(std::fixed, std::setprecision(4), "   accuracy ", accuracy())
+            : "";
+    std::printf("loss %.4f%s   (%lld target tokens in %lld documents, %s)\n", result.loss,
+                more.c_str(), static_cast<long long>(result.targets),
+                static_cast<long long>(result.documents), what.c_str());
   }
   return 0;
 }

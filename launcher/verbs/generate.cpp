@@ -30,6 +30,9 @@ Run run_of(const GenerateArguments& arguments) {
   Run run;
   if (!arguments.run_dir.empty()) {
     run = configs::load_config<Run>(arguments.run_dir + "/config.yaml");
+    GRAFT_CHECK(run.train.task == "causal_lm", arguments.run_dir, ": a run of ", run.train.task,
+                " learns labels, not text; `graft eval ", arguments.run_dir,
+                "/config.yaml` measures them");
     run.peft.clear();
     const std::string adapter = arguments.run_dir + "/adapter";
     GRAFT_CHECK(std::filesystem::exists(adapter), arguments.run_dir,

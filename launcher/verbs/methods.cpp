@@ -41,6 +41,8 @@ Trial attach(const std::string& method, const std::string& model_path) {
   const auto model = models::make_model(models::read_base_config(model_path));
   peft::Peft adapters(*model, at::kCPU, 0);
   std::vector<peft::MethodEntry> entries{{method, peft::methods().make(method), std::nullopt}};
+  if (entries.front().method->acts_on_others())
+    entries.insert(entries.begin(), {"lora", peft::methods().make("lora"), std::nullopt});
   adapters.attach(entries);
   const peft::SlotMap& slots = adapters.slots();
   Trial trial;
@@ -56,7 +58,7 @@ Trial attach(const std::string& method, const std::string& model_path) {
         trial.mergeable = trial.mergeable && adapter->mergeable();
     }
   }
-  trial.trained = adapters.params().numel();
+  trial.trained = entries.size() == 1 ? adapters.params().numel() : 0;
   trial.base = num_parameters(*model);
   return trial;
 }

@@ -17,6 +17,7 @@
 #include "launcher/metrics.h"
 #include "launcher/run_record.h"
 #include "launcher/stop_signals.h"
+#include "launcher/task.h"
 #include "launcher/trainer.h"
 #include "launcher/verbs/verbs.h"
 
@@ -84,7 +85,7 @@ std::optional<std::string> look_before_loading(const Arguments& arguments, Outpu
   auto checkpoint = checkpoint_to_resume(arguments.resume, output, world, run);
   const data::Corpus corpus(run.data.train.values);
   check_same_inputs(world, run, corpus);
-  if (run.eval.eval_steps > 0) check_same_tokenizer(corpus, data::Corpus(run.data.eval.values));
+  if (run.eval.eval_steps > 0) check_held_out(run, corpus, data::Corpus(run.data.eval.values));
   if (checkpoint) prepare_resume(*checkpoint, world, run);
   return checkpoint;
 }

@@ -19,7 +19,7 @@ struct SourceTensor {
   std::vector<int64_t>
       shape;          ///< torch order, [out, in] for a linear, also where the file stores codes
   std::string dtype;  ///< as the file says: "F32", "BF16", "Q4_1", "nf4" ...
-  int64_t file_bytes = 0;  ///< what reading it costs
+  int64_t file_bytes = 0;  ///< what reading it costs; 0: it is in no file
 };
 
 /// The 4-bit form of one matrix, as bitsandbytes defines it (blocks of 64 over the flattened

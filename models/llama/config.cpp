@@ -130,6 +130,22 @@ std::vector<int64_t> read_windows(const Json& config, const LlamaConfig& c) {
   return windows;
 }
 
+/// Whose head it is, from the class that wrote the config; one without a class is a causal LM's. A
+/// config leaves out id2label where there are two labels without names.
+void read_task(const Json& config, LlamaConfig& c) {
+  const Json* classes = field(config, "architectures");
+  if (classes == nullptr || !classes->is_array() || classes->empty()) return;
+  const Json& name = classes->front();
+  for (const TaskNames& task : kTasks) {
+    if (name.is_string() && name.get<std::string>().ends_with(task.hf_class)) c.task = task.task;
+  }
+  if (c.task == Task::kCausalLm) return;
+  const Json* labels = field(config, "id2label");
+  c.num_labels = labels != nullptr && labels->is_object() ? std::ssize(*labels)
+                                                          : size(config, "num_labels", 2);
+  c.tie_word_embeddings = false;  // a classifier's head is its own
+}
+
 }  // namespace
 
 LlamaConfig LlamaConfig::from_json(const Json& config) {
@@ -156,6 +172,8 @@ LlamaConfig LlamaConfig::from_json(const Json& config) {
   c.rms_norm_eps = get(config, "rms_norm_eps", 1e-6);
   c.rope = read_rope(config, c.max_position_embeddings, c.head_dim);
   c.tie_word_embeddings = get(config, "tie_word_embeddings", false);
+  c.initializer_range = get(config, "initializer_range", 0.02);
+  read_task(config, c);
   c.qkv_bias = get(config, "attention_bias", c.model_type == "qwen2");
   c.o_bias = c.model_type == "llama" || c.model_type == "qwen3" ? c.qkv_bias : false;
   c.mlp_bias = get(config, "mlp_bias", false);

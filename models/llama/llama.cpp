@@ -140,7 +140,9 @@ Llama::Llama(LlamaConfig config)
     : config_(std::move(config)),
       embed_("embed", config_.vocab_size, config_.hidden_size),
       final_norm_(config_.hidden_size, config_.rms_norm_eps),
-      head_("head", config_.hidden_size, config_.vocab_size, false, WeightUse::kTable) {
+      head_("head", config_.hidden_size,
+            config_.task == Task::kCausalLm ? config_.vocab_size : config_.num_labels,
+            config_.task == Task::kTokenClassification, WeightUse::kTable) {
   if (config_.tie_word_embeddings) head_.weight = Weight();
   for (int i = 0; i < config_.num_hidden_layers; ++i) blocks_.emplace_back(config_, i);
 }
@@ -172,7 +174,8 @@ Carry Llama::embed(const Pass& pass) const {
 
 Carry Llama::head(const Carry& carry, const Pass& pass) const {
   Tensor hidden_BTD = final_norm_(at_tokens(carry), pass);
-  if (pass.want == Want::kLoss) return carry.with(loss(hidden_BTD, carry, pass));
+  if (pass.want == Want::kLoss || pass.want == Want::kLossAndHits)
+    return carry.with(loss(hidden_BTD, carry, pass));
   if (pass.want == Want::kLastLogits) hidden_BTD = hidden_BTD.slice(1, hidden_BTD.size(1) - 1);
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
   const BaseLinearOp base(table, head_.bias);
@@ -184,9 +187,10 @@ Tensor Llama::loss(const Tensor& hidden_BTD, const Carry& carry, const Pass& pas
   const Tensor hidden_ND = hidden_BTD.flatten(0, 1);
   const Tensor labels_N = pass.batch->labels_BL.flatten();
   const Weight& table = head_.weight.defined() ? head_.weight : embed_.weight;
+  const bool adapted = pass.adapters && !(head_.slot.empty() && logits_.empty());
   const bool plain =
-      !table.is_trained() && (!pass.adapters || (head_.slot.empty() && logits_.empty()));
-  Tensor sum;
+      !adapted && !table.is_trained() && !head_.bias.defined() && pass.want == Want::kLoss;
+  Tensor sum, hits;
   if (plain) {
     sum = kernels::frozen_head_cross_entropy(hidden_ND, table.dense(), labels_N);
   } else {
@@ -194,12 +198,16 @@ Tensor Llama::loss(const Tensor& hidden_BTD, const Carry& carry, const Pass& pas
     const BaseLinearOp base(table, head_.bias);
     const Tensor logits_NV =
         run(logits_, run(head_.slot, base, hidden_ND.index_select(0, rows), pass), pass);
-    sum = kernels::cross_entropy(logits_NV, labels_N.index_select(0, rows));
+    const Tensor labels = labels_N.index_select(0, rows);
+    sum = kernels::cross_entropy(logits_NV, labels);
+    hits = logits_NV.argmax(-1).eq(labels).sum().to(at::kDouble);
   }
   if (pass.adapters) {
-    for (const auto& adapter : loss_.adapters()) sum = sum + adapter->term(carry, pass);
+    for (const auto& adapter : loss_.adapters()) {
+      if (const Tensor term = adapter->term(carry, pass); term.defined()) sum = sum + term;
+    }
   }
-  return sum;
+  return pass.want == Want::kLoss ? sum : at::stack({sum, hits});
 }
 
 // --- blocks, names, facts
@@ -254,10 +262,14 @@ ModelInfo Llama::info() const {
   ModelInfo info;
   info.family = "llama";
   info.model_type = c.model_type;
-  info.hf_class = c.model_type == "llama"     ? "LlamaForCausalLM"
-                  : c.model_type == "mistral" ? "MistralForCausalLM"
-                  : c.model_type == "qwen2"   ? "Qwen2ForCausalLM"
-                                              : "Qwen3ForCausalLM";
+  info.hf_class = c.model_type == "llama"     ? "Llama"
+                  : c.model_type == "mistral" ? "Mistral"
+                  : c.model_type == "qwen2"   ? "Qwen2"
+                                              : "Qwen3";
+  info.hf_class += names_of(c.task).hf_class;
+  info.task = c.task;
+  info.num_outputs = head_.info.out;
+  info.initializer_range = c.initializer_range;
   info.hidden_size = c.hidden_size;
   info.head_dim = c.head_dim;
   info.num_layers = c.num_hidden_layers;
@@ -268,13 +280,14 @@ ModelInfo Llama::info() const {
                 keys = c.num_key_value_heads * c.head_dim;
   info.block_macs =
       c.num_hidden_layers * c.hidden_size * (2 * attention + 2 * keys + 3 * c.intermediate_size);
-  info.head_macs = c.hidden_size * c.vocab_size;
+  info.head_macs = c.hidden_size * head_.info.out;
   info.attention_macs = c.num_hidden_layers * 2 * attention;
   return info;
 }
 
 const NameMap& Llama::names() const {
-  return llama_names(config_.model_type == "llama" || config_.model_type == "mistral");
+  return llama_names(config_.model_type == "llama" || config_.model_type == "mistral",
+                     config_.task);
 }
 
 std::unique_ptr<Model> make_llama(const nlohmann::json& config) {

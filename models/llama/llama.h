@@ -12,6 +12,7 @@
 #include "models/nn/linear.h"
 #include "models/nn/norm.h"
 #include "models/nn/rope.h"
+#include "models/task.h"
 
 namespace graft::models {
 
@@ -21,6 +22,9 @@ struct LlamaConfig {
   int64_t head_dim = 0, intermediate_size = 0, vocab_size = 0, max_position_embeddings = 0;
   double rms_norm_eps = 1e-5;
   RopeConfig rope;
+  Task task = Task::kCausalLm;
+  int64_t num_labels = 0;  ///< of a classifier
+  double initializer_range = 0.02;
   bool tie_word_embeddings = false;
   bool qkv_bias = false, o_bias = false, mlp_bias = false;
   bool qk_norm = false;
@@ -31,7 +35,7 @@ struct LlamaConfig {
   static LlamaConfig from_json(const nlohmann::json& config);
 };
 
-const NameMap& llama_names(bool permuted_gguf);
+const NameMap& llama_names(bool permuted_gguf, Task task);
 
 struct LlamaAttention {
   Linear q, k, v, o;

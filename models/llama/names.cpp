@@ -3,8 +3,13 @@
 
 namespace graft::models {
 
-const NameMap& llama_names(bool permuted_gguf) {
-  static const auto table = [](Transform q, Transform k) {
+const NameMap& llama_names(bool permuted_gguf, Task task) {
+  static const auto table = [](Transform q, Transform k, bool classifies) {
+    const NameRow head = classifies ? NameRow{"head.weight", "score.weight", "score.weight"}
+                                    : NameRow{"head.weight", "lm_head.weight", "output.weight"};
+    std::vector<std::string_view> drops = {".rotary_emb.inv_freq", ".masked_bias", ".position_ids",
+                                           "rope_freqs.weight"};
+    if (classifies) drops.insert(drops.end(), {"lm_head.weight", "output.weight"});
     return NameMap(
         {
             {"embed.weight", "model.embed_tokens.weight", "token_embd.weight"},
@@ -44,13 +49,16 @@ const NameMap& llama_names(bool permuted_gguf) {
             {"block.{i}.mlp.down.bias", "model.layers.{i}.mlp.down_proj.bias",
              "blk.{i}.ffn_down.bias"},
             {"final_norm.weight", "model.norm.weight", "output_norm.weight"},
-            {"head.weight", "lm_head.weight", "output.weight"},
+            head,
+            {"head.bias", "score.bias", "score.bias"},
         },
-        {".rotary_emb.inv_freq", ".masked_bias", ".position_ids", "rope_freqs.weight"});
+        std::move(drops));
   };
-  static const NameMap permuted = table(Transform::kPermuteRopeQ, Transform::kPermuteRopeK);
-  static const NameMap straight = table(Transform::kIdentity, Transform::kIdentity);
-  return permuted_gguf ? permuted : straight;
+  constexpr auto kQ = Transform::kPermuteRopeQ, kK = Transform::kPermuteRopeK;
+  constexpr auto kNone = Transform::kIdentity;
+  static const NameMap permuted[] = {table(kQ, kK, false), table(kQ, kK, true)};
+  static const NameMap straight[] = {table(kNone, kNone, false), table(kNone, kNone, true)};
+  return (permuted_gguf ? permuted : straight)[task == Task::kCausalLm ? 0 : 1];
 }
 
 }  // namespace graft::models

@@ -25,8 +25,12 @@ inline const MethodRegistry& registry() {
 /// some 10 times their weights).
 inline std::string defaults(const std::string& method) {
   static const std::map<std::string, std::string> fitted = {
-      {"c3a", "{target_modules: all-linear}"},  // moves by 1 / in of a value
+      {"adapter_drop", "{leave_out: [0], drop_up_to: 0}"},  // of two layers one
+      {"c3a", "{target_modules: all-linear}"},              // moves by 1 / in of a value
       {"fourierft", "{n_frequency: 300}"},
+      {"mam",  // fewer kinks of ReLU
+       "{prefix_tuning: {num_virtual_tokens: 3, encoder_hidden_size: 24}, bottleneck: "
+       "{non_linearity: silu}}"},
       {"miss", "{r: 16}"},
       {"p_tuning", "{num_virtual_tokens: 3, encoder_hidden_size: 24}"},  // fewer kinks of ReLU
       {"psoft", "{r: 8}"},

@@ -69,8 +69,13 @@ class GoldenSource : public models::io::TensorSource {
   EditWeight edit_;
 };
 
+/// @param model  "llama"; "llama_tokens": the same with a head over 128 labels of each token
 inline nlohmann::json tiny_config(const std::string& model) {
-  return models::read_base_config(GRAFT_SOURCE_DIR "/configs/models/tiny_" + model + ".yaml");
+  const std::string shape = model.substr(0, model.find('_'));
+  nlohmann::json config =
+      models::read_base_config(GRAFT_SOURCE_DIR "/configs/models/tiny_" + shape + ".yaml");
+  if (shape != model) models::make_classifier(config, models::Task::kTokenClassification, 128);
+  return config;
 }
 
 /// Reads the fields of a method from YAML.
@@ -197,18 +202,27 @@ class Tiny : BaseWeights {
     const models::Lane lane{batch, 0};
     return trunk->forward({&lane, 1}, pass).front();
   }
-  /// Writes the first trained adapter as a PEFT directory.
+  /// Writes the trained adapters as PEFT directories.
   void save(const std::string& directory) const {
-    const Peft::Saved saved = adapters.save(0, {"base", "CAUSAL_LM", "print"});
-    write_adapter(directory, saved.config, saved_tensors(), saved.metadata);
-  }
-  /// What save() writes. Collective where weights are thawed; then only rank 0 has those.
-  models::io::NamedTensors saved_tensors() const {
-    Peft::Saved saved = adapters.save(0, {"base", "CAUSAL_LM", "print"});
-    for (const auto& [key, weight] : saved.thawed) {
-      if (Tensor whole = weight->collect(); whole.defined()) saved.tensors.emplace_back(key, whole);
+    for (size_t i = 0; i < adapters.num_saved(); ++i) {
+      const Peft::Saved saved = save_part(i);
+      write_adapter(part_directory(directory, i, adapters.num_saved()), saved.config,
+                    with_thawed(saved), saved.metadata);
     }
-    return saved.tensors;
+  }
+  /// What save() writes of the first. Collective where weights are thawed; then only rank 0 has
+  /// those.
+  models::io::NamedTensors saved_tensors() const { return with_thawed(save_part(0)); }
+  Peft::Saved save_part(size_t i) const {
+    const std::string task(models::names_of(model->info().task).peft_type);
+    return adapters.save(i, {"base", task, "print"});
+  }
+  static models::io::NamedTensors with_thawed(const Peft::Saved& saved) {
+    models::io::NamedTensors tensors = saved.tensors;
+    for (const auto& [key, weight] : saved.thawed) {
+      if (Tensor whole = weight->collect(); whole.defined()) tensors.emplace_back(key, whole);
+    }
+    return tensors;
   }
   static void write_adapter(const std::string& directory, const nlohmann::json& config,
                             const models::io::NamedTensors& tensors,
