@@ -29,7 +29,7 @@ struct Unloaded {
 
 Unloaded unloaded(Run& run) {
   Unloaded parts;
-  parts.model = models::make_model(base_config(run));
+  parts.model = models::make_model(base_config(run, labels_of(run).size()));
   parts.adapters = std::make_unique<peft::Peft>(*parts.model, at::kCPU, 0);
   for (const std::string& directory : run.model.adapters.values)
     parts.adapters->attach_frozen(directory);
@@ -120,13 +120,12 @@ class FileChecks {
   configs::Fields& f_;
 };
 
-/// Rows without labels are told where the shards are checked.
-bool has_its_labels(const Run& run) {
-  const auto& rows = run.data.train.values.empty() ? run.data.eval : run.data.train;
+/// None for rows without labels too, which is told where the shards are checked.
+size_t count_labels(const Run& run) {
   try {
-    return data::Corpus(rows.values).label_names(predicted_by(run)).size() > 0;
+    return labels_of(run).size();
   } catch (const Error&) {
-    return false;
+    return 0;
   }
 }
 
@@ -134,9 +133,11 @@ std::unique_ptr<models::Model> check_model(FileChecks& checks, const Run& run) {
   std::unique_ptr<models::Model> model;
   const std::string& path = run.model.name_or_path;
   if (path.empty()) return model;
-  const bool as_it_is = task_of(run) != models::Task::kCausalLm && !has_its_labels(run);
+  const size_t labels = count_labels(run);
+  const bool as_it_is = task_of(run) != models::Task::kCausalLm && labels == 0;
   checks.at("model.name_or_path", [&] {
-    model = models::make_model(as_it_is ? models::read_base_config(path) : base_config(run));
+    model =
+        models::make_model(as_it_is ? models::read_base_config(path) : base_config(run, labels));
     if (run.model.weights == "load")
       models::match_weights(*model, *models::open_base(path, *model, 0));
   });

@@ -23,13 +23,17 @@ data::Predict predicted_by(const RunConfig& run) {
   }
 }
 
-nlohmann::json base_config(const RunConfig& run) {
+std::vector<std::string> labels_of(const RunConfig& run) {
+  if (task_of(run) == models::Task::kCausalLm) return {};
+  const auto& rows = run.data.train.values.empty() ? run.data.eval : run.data.train;
+  return data::Corpus(rows.values).label_names(predicted_by(run));
+}
+
+nlohmann::json base_config(const RunConfig& run, size_t num_labels) {
   nlohmann::json config = models::read_base_config(run.model.name_or_path);
   const models::Task task = task_of(run);
   if (task != models::Task::kCausalLm) {
-    const auto& rows = run.data.train.values.empty() ? run.data.eval : run.data.train;
-    const auto labels = data::Corpus(rows.values).label_names(predicted_by(run));
-    models::make_classifier(config, task, std::ssize(labels));
+    models::make_classifier(config, task, static_cast<int64_t>(num_labels));
     return config;
   }
   const models::ModelInfo info = models::make_model(config)->info();

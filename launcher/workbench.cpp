@@ -154,7 +154,8 @@ std::unique_ptr<peft::BaseWeights> Workbench::base_weights() {
 
 Workbench build_workbench(World& world, Run& config, const std::string& resume) {
   Workbench bench{world, compute_dtype(config.model.dtype, world.device), {}, {}, {}, {}, {}, {}};
-  bench.model = models::make_model(base_config(config));
+  bench.labels = labels_of(config);
+  bench.model = models::make_model(base_config(config, bench.labels.size()));
   bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device,
                                                 static_cast<uint64_t>(config.train.seed));
   for (const std::string& directory : config.model.adapters.values)

@@ -24,7 +24,8 @@ struct Workbench {
       shard_comm;  ///< null: the world's; a group of one when the base is replicated
   std::unique_ptr<peft::Peft> adapters;
   std::unique_ptr<models::Trunk> trunk;
-  std::string fingerprint;  ///< of the base
+  std::string fingerprint;               ///< of the base
+  std::vector<std::string> labels = {};  ///< of a classifier
 
   /// Dense copies of the base's weights, one at a time.
   std::unique_ptr<peft::BaseWeights> base_weights();

@@ -312,6 +312,7 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   nlohmann::json facts = saved.config.value(kOwnEntries, nlohmann::json::object());
   saved.config.erase(kOwnEntries);
   facts.update({{"method", part.name}, {"base_fingerprint", base.fingerprint}});
+  if (!base.labels.empty()) facts["labels"] = base.labels;
   saved.metadata = {{"format", "pt"}, {kFactsKey, facts.dump()}};
   for (const Param& param : params_of(part)) {
     if (param.thawed != nullptr) {

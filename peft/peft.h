@@ -20,7 +20,8 @@ struct BaseFacts {
   std::string name_or_path;
   std::string task_type = "CAUSAL_LM";
   std::string fingerprint;
-  std::string revision = "";  ///< empty: none was named
+  std::string revision = "";             ///< empty: none was named
+  std::vector<std::string> labels = {};  ///< of a classifier, in the order of its head
 };
 
 class Peft {

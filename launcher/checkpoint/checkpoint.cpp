@@ -189,7 +189,7 @@ void write_tensors(const std::string& path, const peft::Peft::Saved& saved, cons
 void write_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
   const std::string task(models::names_of(bench.model->info().task).peft_type);
   const peft::BaseFacts base{run.model.name_or_path, task, bench.fingerprint,
-                             run.model.revision.value_or("")};
+                             run.model.revision.value_or(""), bench.labels};
   for (size_t i = 0; i < bench.adapters->num_saved(); ++i) {
     const std::string part = peft::part_directory(directory, i, bench.adapters->num_saved());
     const auto saved = bench.adapters->save(i, base);

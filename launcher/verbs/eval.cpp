@@ -16,6 +16,7 @@
 #include "launcher/trainer.h"
 #include "launcher/verbs/verbs.h"
 #include "models/base.h"
+#include "peft/adapter_file.h"
 
 namespace graft::launcher {
 namespace {
@@ -52,8 +53,19 @@ void choose_adapter(const EvalArguments& arguments, Run& run, std::string& said)
 void check_eval_data(const EvalArguments& arguments, const Run& run) {
   GRAFT_CHECK(!run.data.eval.values.empty(), arguments.run.config,
               ": data.eval names no shards to evaluate on");
-  const auto model = models::make_model(base_config(run));
+  const auto model = models::make_model(base_config(run, labels_of(run).size()));
   check_vocabulary(data::Corpus(run.data.eval.values), model->info());
+}
+
+/// Another order of the labels would give every document another's.
+void check_labels(const Workbench& bench, const Run& run) {
+  for (const std::string& directory : run.model.adapters.values) {
+    const auto facts = peft::AdapterFile(directory).facts();
+    const auto labels = facts.value("labels", std::vector<std::string>());
+    GRAFT_CHECK(labels.empty() || labels == bench.labels, ExitCode::kData, directory,
+                ": was trained for the labels ", configs::join(labels, ", "), ", data.eval has ",
+                configs::join(bench.labels, ", "));
+  }
 }
 
 void write_record(const std::string& path, const nlohmann::ordered_json& record) {
@@ -68,8 +80,10 @@ int eval(const EvalArguments& arguments, const dist::Topology& topology,
   World world = join_world(topology, session, run.parallel);
   std::string what;
   choose_adapter(arguments, run, what);
+  run.data.train = {};  // the labels are those of data.eval
   check_eval_data(arguments, run);
   Workbench bench = build_workbench(world, run);
+  check_labels(bench, run);
   log::info("evaluating " + what);
   if (!arguments.logits.empty()) write_logits(bench, run, arguments.logits);
   const EvalResult result = evaluate(bench, run);

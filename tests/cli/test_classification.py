@@ -160,6 +160,21 @@ def test_packed_or_padded_the_loss_is_that_of_the_documents(tmp_path):
     assert said[0]["loss"] == pytest.approx(said[1]["loss"], rel=1e-6) and said[0]["accuracy"] == said[1]["accuracy"]
 
 
+def test_a_new_head_is_a_function_of_the_seed_and_no_part_of_the_bases_fingerprint(tmp_path):
+    said = [json.loads(succeed("eval", config_of(tmp_path / str(i), SEQUENCE, f"train.seed={seed}"), "--json").stdout)
+            for i, seed in enumerate((1, 2, 1))]
+    assert said[0]["base_fingerprint"] == said[1]["base_fingerprint"]
+    assert said[0]["metrics"] == said[2]["metrics"] != said[1]["metrics"]
+
+
+def test_an_adapter_for_other_labels_is_not_evaluated(tmp_path):
+    path = config_of(tmp_path / "job", SEQUENCE, "train.max_steps=1")
+    succeed("train", path)
+    write_labelled(tmp_path / "other.h5", SEQUENCE, names=NAMES[::-1])
+    done = graft("eval", path, f'data.eval=["{tmp_path / "other.h5"}"]')
+    assert done.returncode == 3 and "cat, dog, emu" in done.stderr
+
+
 def test_a_linear_probe_ends_at_the_optimum_of_the_convex_problem(tmp_path):
     """Second formula: L-BFGS on the features that transformers computes."""
     lengths = [5] * 200
@@ -271,6 +286,6 @@ def test_a_mam_adapter_goes_on_where_it_was_saved(tmp_path, rows):
     path = write_config(tmp_path / "run.yaml", rows, f"peft=[{{{fields}}}]")
     succeed("train", path)
     said = [json.loads(succeed("eval", path, *flags, "--json").stdout)["metrics"]["loss"]
-            for flags in ([], [f'peft=[{{"init_from": "{tmp_path / "run/adapter"}"}}]', "checkpoint.output_dir=nowhere"])]
+            for flags in ([], [f'peft=[{{"init_from": "{tmp_path / "run/adapter"}"}}]', f"checkpoint.output_dir={tmp_path}/none"])]
     assert said[0] == said[1]
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]

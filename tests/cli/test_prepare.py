@@ -236,6 +236,41 @@ def test_file_of_another_kind_is_wrong_usage(run):
     assert code == 2 and "kind chat does not read .csv files" in error
 
 
+WORDS = [{"tokens": ["Gravitation", "pulls", "Newton's", "apples"], "labels": ["idea", None, "name", 7]} for _ in range(3)]
+
+
+def test_words_give_their_label_to_their_first_token(run, tmp_path, tokenizer):
+    assert run("classification", {"a.jsonl": WORDS}, "--eval-fraction", "0") == (0, "")
+    rows, shard = read_shards(tmp_path / "out", "train")
+    names = [name.decode() for name in shard["labels"]]
+    assert names == ["7", "idea", "name"] and "label" not in shard and "label_tokens" not in shard
+    for (tokens, mask), labels in zip(rows, np.split(shard["token_labels"], shard["offsets"][1:-1].astype(int))):
+        assert tokenizer.decode([int(t) for t in tokens]) == "Gravitation pulls Newton's apples"
+        begins = [tokenizer.decode([int(t) for t in tokens[:i]]) for i, m in enumerate(mask) if m]
+        assert [text.strip() for text in begins] == ["", "Gravitation pulls", "Gravitation pulls Newton's"]
+        assert [names[label] for label, m in zip(labels, mask) if m] == ["idea", "name", "7"]
+
+
+def test_plain_classification_holds_the_texts_alone(run, tmp_path, tokenizer):
+    assert run("classification", {"a.jsonl": LABELLED}, "--plain", "--eval-fraction", "0", "--max-length", "3") == (0, "")
+    rows, shard = read_shards(tmp_path / "out", "train")
+    names = [name.decode() for name in shard["labels"]]
+    assert "label_tokens" not in shard and not any(mask.any() for _, mask in rows)
+    for record, (tokens, _), label in zip(LABELLED, rows, shard["label"]):
+        assert list(tokens) == tokenizer.encode_batch([record["text"]])[0].ids[:3] and names[label] == record["label"]
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"tokens": ["a"], "labels": ["x", "y"]}, "two lists of equal length"),
+    ({"tokens": [], "labels": []}, "two lists of equal length"),
+    ({"tokens": ["a", " "], "labels": ["x", "y"]}, "word 2: the word or its label is empty"),
+    ({"tokens": ["a", "b"], "labels": ["x", None]}, "1 labels, expected at least two"),
+])
+def test_bad_labelled_words_are_told_with_their_place(run, record, message):
+    code, error = run("classification", {"a.jsonl": [record]})
+    assert code == 3 and message in error
+
+
 # --- programs ----------------------------------------------------------------------------------------------------
 
 def test_pipe_answers_line_by_line(tokenizer):

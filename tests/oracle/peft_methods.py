@@ -63,6 +63,8 @@ CASES = {
     "lora_patterns": Case(peft.LoraConfig, r=4, rank_pattern=PATTERN, alpha_pattern={"down_proj": 5}),
     "lora_bias": Case(peft.LoraConfig, r=4, lora_bias=True),
     "lora_train_biases": Case(peft.LoraConfig, r=4, bias="all"),
+    "lora_whole": Case(peft.LoraConfig, r=4, target_modules=["v_proj", "down_proj"],
+                       modules_to_save=["q_proj", "embed_tokens", "lm_head"]),  # q_proj with its bias
     "lora_dora": Case(peft.LoraConfig, r=4, use_dora=True),
     "lora_dora_rslora": Case(peft.LoraConfig, r=4, use_dora=True, use_rslora=True, rank_pattern=PATTERN),
     "lora_dora_embed": Case(peft.LoraConfig, r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"]),

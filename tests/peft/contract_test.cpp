@@ -28,6 +28,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"lora",
      "{target_modules: all-linear, init_lora_weights: gaussian, loraplus_lr_ratio: 4,"
      " lora_bias: true}"},
+    {"lora", "{target_modules: attn.v, modules_to_save: [attn.q, embed, head], bias: all}"},
     {"lora", "{init_lora_weights: orthogonal, lora_fa: true, lora_dropout: 0.25}"},
     {"lora", "{target_modules: [all-linear, embed], init_lora_weights: false}"},
     {"dora", "{target_modules: [all-linear, head], lora_dropout: 0.25, use_rslora: true}"},
