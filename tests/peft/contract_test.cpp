@@ -55,7 +55,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"hira",
      "{target_modules: [all-linear, embed], init_weights: gaussian, hira_dropout: 0.25,"
      " rank_pattern: {v_proj: 3}}"},
-    {"krona", "{target_modules: all-linear, layout: diffusekrona, scale: 2}"},
+    {"diffusekrona", "{target_modules: all-linear, scale: 2}"},
     {"krona", "{a_out: 8, a_in: 3}"},
     {"loha",
      "{target_modules: all-linear, r: 2, rank_pattern: {v_proj: 3}, alpha_pattern: {up_proj: 4}}"},

@@ -15,8 +15,9 @@ double element(const Tensor& a, const Tensor& b, int64_t row, int64_t column, bo
   return a[row_a][column / i2].item<double>() * b[row_b][column % i2].item<double>();
 }
 
-void expect_definition(const std::string& options, double scale, bool b_rows_first) {
-  const OneSlot slot("krona", options);
+void expect_definition(const std::string& method, const std::string& options, double scale,
+                       bool b_rows_first) {
+  const OneSlot slot(method, options);
   const Tensor a = slot.value("krona_a"), b = slot.value("krona_b");
   const Tensor x = fill("x", {2, 3, slot.site().info.in}, 1);
   const int64_t out = slot.site().info.out, in = slot.site().info.in;
@@ -29,10 +30,11 @@ void expect_definition(const std::string& options, double scale, bool b_rows_fir
   EXPECT_TRUE(at::allclose(slot.adapter().merged(slot.weight()), w, 1e-5, 1e-6));
 }
 
-TEST(Krona, IsItsDefinition) { expect_definition("{scale: 3}", 3, false); }
+TEST(Krona, IsItsDefinition) { expect_definition("krona", "{scale: 3}", 3, false); }
 
 TEST(Krona, DiffuseKronaNumbersTheOutputsByBFirst) {
-  expect_definition("{layout: diffusekrona, a_out: 4, a_in: 6}", 1, true);
+  expect_definition("diffusekrona", "{a_out: 4, a_in: 6}", 1, true);
+  expect_definition("krona", "{layout: diffusekrona, a_out: 4, a_in: 6}", 1, true);
 }
 
 TEST(Krona, TheUpdateHasFullRank) {

@@ -8,7 +8,7 @@
 // target_r a slot, tfinal steps before the end, and then the choice stands.
 // Formulas, fields and files are HF PEFT's (AdaLoraConfig). Steps count from 1, so that the last
 // one has the whole choice, and total_step is the run's. PEFT cuts rows off when it saves, which
-// are read here; ours keep them all, with E = 0: that computes the same and can be trained on.
+// are read here; ours keep them all, with E = 0, and so can be trained on.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -54,6 +54,7 @@ struct AdaloraConfig {
                       "total_step", "rank_pattern", "use_rslora", "alpha_pattern"}};
   }
   bool starts_as_base() const { return init_lora_weights == "true"; }
+  int64_t fixed_steps() const { return int64_t{tinit} + tfinal; }
 };
 
 class AdaloraLinear : public models::LinearAdapter {
@@ -67,13 +68,13 @@ class AdaloraLinear : public models::LinearAdapter {
                 ", at most init_r = ", c.init_r, " is possible");
     const auto found = c.kept.find(site.hf_path);
     const int64_t rows = found == c.kept.end() ? c.init_r : found->second;
-    const bool as_base = c.starts_as_base();
-    const auto draw = [&](int64_t n, int64_t m, double deviation, int number) {
+    const double deviation = c.starts_as_base() ? 0.02 : 1;
+    const auto draw = [&](int64_t n, int64_t m, int number) {
       return draw_normal({n, m}, deviation, kernels::derive(random, number), device);
     };
-    a_ = register_parameter("lora_a", draw(rows, site.info.in, as_base ? 0.02 : 1, 1));
-    b_ = register_parameter("lora_b", draw(site.info.out, rows, as_base ? 0.02 : 1, 2));
-    e_ = register_parameter("lora_e", draw(rows, 1, as_base ? 0 : 1, 3));
+    a_ = register_parameter("lora_a", draw(rows, site.info.in, 1));
+    b_ = register_parameter("lora_b", draw(site.info.out, rows, 2));
+    e_ = register_parameter("lora_e", draw(rows, 1, 3) * (c.starts_as_base() ? 0 : 1));
     scores_.emplace(std::array<Tensor, 3>{a_, b_, e_});
   }
   static std::vector<Leaf> leaves() {
@@ -87,16 +88,7 @@ class AdaloraLinear : public models::LinearAdapter {
     return w + (scale_ * b_.mm(a_ * e_)).to(w.scalar_type());
   }
 
-  /// Adds the gradient of weight (|A A^T - I| + |B^T B - I|), Frobenius norms.
-  void add_penalty(double weight) const {
-    const auto distance = [](const Tensor& square) {
-      const Tensor d = square - at::eye(square.size(0), square.options());
-      return d / d.norm().clamp_min(1e-12);
-    };
-    a_.grad().add_(distance(a_.mm(a_.t())).mm(a_), 2 * weight);
-    b_.grad().add_(b_.mm(distance(b_.t().mm(b_))), 2 * weight);
-  }
-  int64_t rows() const { return a_.size(0); }
+  void add_penalty(double weight) const { add_orthogonality(a_, b_, a_.size(0), weight); }
   const RankScores& scores() const { return *scores_; }
 
  private:
@@ -109,13 +101,13 @@ class AdaloraLinear : public models::LinearAdapter {
 class Adalora : public LinearMethod<AdaloraConfig, AdaloraLinear> {
  public:
   void after_reduce(const StepInfo& info) override {
-    GRAFT_CHECK(config_.tinit + config_.tfinal < info.max_steps,
-                "adalora: tinit + tfinal = ", config_.tinit + config_.tfinal,
+    GRAFT_CHECK(config_.fixed_steps() < info.max_steps,
+                "adalora: tinit + tfinal = ", config_.fixed_steps(),
                 ", less than the steps of the run, ", info.max_steps, ", is needed");
     const at::NoGradGuard no_grad;
     max_steps_ = info.max_steps;
-    const double count = 2.0 * static_cast<double>(adapters_.size());
-    for (const auto& adapter : adapters_) adapter->add_penalty(config_.orth_reg_weight / count);
+    for (const auto& adapter : adapters_)
+      adapter->add_penalty(config_.orth_reg_weight / 2 / static_cast<double>(adapters_.size()));
   }
   void after_step(const StepInfo& info) override {
     const at::NoGradGuard no_grad;
@@ -131,8 +123,7 @@ class Adalora : public LinearMethod<AdaloraConfig, AdaloraLinear> {
   }
   nlohmann::json to_peft_config(const SlotMap& slots) const override {
     nlohmann::json config = LinearMethod::to_peft_config(slots);
-    config["total_step"] =
-        std::max<int64_t>(max_steps_, int64_t{config_.tinit} + config_.tfinal + 1);
+    config["total_step"] = std::max(max_steps_, config_.fixed_steps() + 1);
     config["rank_pattern"] = pattern_;
     return config;
   }
@@ -141,10 +132,9 @@ class Adalora : public LinearMethod<AdaloraConfig, AdaloraLinear> {
     if (pattern != adapter.config.end() && pattern->is_object()) {
       pattern_ = *pattern;
       for (const auto& [key, rows] : pattern_.items()) {  // "<module>.lora_E": [true, false ...]
-        const bool fits =
-            rows.is_array() &&
-            std::all_of(rows.begin(), rows.end(), [](const auto& row) { return row.is_boolean(); });
-        GRAFT_CHECK(fits, ExitCode::kData, "adapter_config.json: rank_pattern.", key,
+        const auto is_flag = [](const auto& row) { return row.is_boolean(); };
+        GRAFT_CHECK(rows.is_array() && std::all_of(rows.begin(), rows.end(), is_flag),
+                    ExitCode::kData, "adapter_config.json: rank_pattern.", key,
                     " is no list of true and false");
         config_.kept[key.substr(0, key.rfind('.'))] =
             static_cast<int>(std::count(rows.begin(), rows.end(), true));
@@ -165,20 +155,12 @@ class Adalora : public LinearMethod<AdaloraConfig, AdaloraLinear> {
  private:
   /// All but the best `budget` triples go.
   void choose(int64_t step, int64_t last) const {
-    int64_t all = 0;
-    std::vector<Tensor> scores;
-    for (const auto& adapter : adapters_) {
-      all += adapter->rows();
-      scores.push_back(adapter->scores().of_rows());
-    }
-    const int64_t target = config_.target_r * static_cast<int64_t>(adapters_.size());
+    std::vector<const RankScores*> slots;
+    for (const auto& adapter : adapters_) slots.push_back(&adapter->scores());
     const double left =
         1 - static_cast<double>(step - config_.tinit) / static_cast<double>(last - config_.tinit);
-    const auto budget = static_cast<int64_t>(static_cast<double>(all - target) * std::pow(left, 3) +
-                                             static_cast<double>(target));
-    if (budget >= all) return;
-    const Tensor threshold = std::get<0>(at::cat(scores).kthvalue(all - budget));
-    for (const auto& adapter : adapters_) adapter->scores().choose(threshold);
+    RankScores::choose_best(slots, config_.target_r * static_cast<int64_t>(slots.size()),
+                            std::pow(left, 3));
   }
 
   int64_t max_steps_ = 0;   ///< of the run, or of the one that wrote the file

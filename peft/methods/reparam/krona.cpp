@@ -3,12 +3,13 @@
 // Trains A [o1, i1] and B [o2, i2] whole, o1 o2 = out, i1 i2 = in: the update has full rank. Init:
 // A Kaiming-uniform (a = sqrt 5), B zero, so the model is unchanged at step 0 (the paper does not
 // say which). Mergeable. layout diffusekrona: the outputs are numbered with B's rows first, as
-// DiffuseKronA's code does it (Marjit et al. 2024, arXiv:2402.17412); the same set of updates in
-// another order, so what is trained in one layout is read in that one only. No HF PEFT type; LoKr
-// with both factors whole computes the same with alpha = s r.
+// DiffuseKronA's code does it (Marjit et al. 2024, arXiv:2402.17412, whose A starts normal, 1 /
+// o1); the same set of updates in another order, so what is trained in one layout is read in that
+// one only. No HF PEFT type; LoKr with both factors whole computes the same with alpha = s r.
 #include <ATen/ATen.h>
 
 #include "peft/draws.h"
+#include "peft/krona.h"
 #include "peft/linear_method.h"
 
 namespace graft::peft {
@@ -18,13 +19,15 @@ struct KronaConfig {
   Targets targets;
   configs::Auto<int> a_out, a_in;
   double scale = 1;
-  std::string layout = "kron";
+  std::string layout = "kron", init_weights = "kaiming";
 
   void fields(configs::Fields& f) {
     f("a_out", a_out, f.at_least(1), "rows of A, a divisor of out; auto: near its square root");
     f("a_in", a_in, f.at_least(1), "columns of A, a divisor of in; auto: near its square root");
     f("scale", scale, f.positive().at_most(1e30), "s");
     f("layout", layout, f.one_of({"kron", "diffusekrona"}), "order of the outputs");
+    f("init_weights", init_weights, f.one_of({"kaiming", "normal"}),
+      "how A starts: uniform within 1 / sqrt(a_in), or normal with deviation 1 / a_out");
   }
 };
 
@@ -45,7 +48,10 @@ class KronaLinear : public models::LinearAdapter {
       : scale_(c.scale), b_first_(c.layout == "diffusekrona") {
     const int64_t o1 = krona_factor(c.a_out, site.info.out, "a_out", site);
     const int64_t i1 = krona_factor(c.a_in, site.info.in, "a_in", site);
-    a_ = register_parameter("krona_a", draw_kaiming({o1, i1}, random, device));
+    a_ = register_parameter(
+        "krona_a", c.init_weights == "kaiming"
+                       ? draw_kaiming({o1, i1}, random, device)
+                       : draw_normal({o1, i1}, 1.0 / static_cast<double>(o1), random, device));
     b_ = register_parameter("krona_b",
                             at::zeros({site.info.out / o1, site.info.in / i1}, a_.options()));
   }
@@ -74,11 +80,22 @@ class KronaLinear : public models::LinearAdapter {
   Tensor a_, b_;
 };
 
+class Krona : public LinearMethod<KronaConfig, KronaLinear> {
+ public:
+  Krona(const std::string& layout, const std::string& init_weights) {
+    config_.layout = layout;
+    config_.init_weights = init_weights;
+  }
+};
+
 }  // namespace
 
+std::unique_ptr<Method> make_krona(const std::string& layout, const std::string& init_weights) {
+  return std::make_unique<Krona>(layout, init_weights);
+}
+
 void register_krona(MethodRegistry& registry, const MethodFacts& facts) {
-  registry.add({facts.name, facts.summary,
-                [] { return std::make_unique<LinearMethod<KronaConfig, KronaLinear>>(); }});
+  registry.add({facts.name, facts.summary, [] { return make_krona("kron", "kaiming"); }});
 }
 
 }  // namespace graft::peft

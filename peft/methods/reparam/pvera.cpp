@@ -10,28 +10,16 @@
 
 #include "peft/draws.h"
 #include "peft/linear_method.h"
-#include "peft/projection.h"
+#include "peft/vera_fields.h"
 
 namespace graft::peft {
 namespace {
 
-struct PveraConfig {
-  Targets targets;
-  int r = 256;
-  int projection_prng_key = 0;
-  bool save_projection = true;
-  double pvera_dropout = 0;
-  double d_initial = 0.1;
+struct PveraConfig : VeraFields {
   bool sample_at_inference = false;
-  Tensor a, b;  ///< no fields: what the slots share
 
   void fields(configs::Fields& f) {
-    f("r", r, f.range(1, 65536), "rank, the inner size");
-    f("projection_prng_key", projection_prng_key, f.at_least(0), "seed of the shared matrices");
-    f("save_projection", save_projection, "save the shared matrices too, not only their seed");
-    f("pvera_dropout", pvera_dropout, f.at_least(0).below(1),
-      "probability, on the adapter's input");
-    f("d_initial", d_initial, "first value of pvera_lambda_d");
+    VeraFields::fields(f, "pvera");
     f("sample_at_inference", sample_at_inference, "draw z at inference too, not its mean");
   }
   static PeftForm peft_form() {
@@ -43,9 +31,9 @@ struct PveraConfig {
 class PveraLinear : public models::LinearAdapter {
  public:
   PveraLinear(const PveraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : a_(c.a.slice(1, 0, site.info.in)),
-        b_(c.b.slice(0, 0, site.info.out)),
-        dropout_(c.pvera_dropout),
+      : a_(c.a_of(site)),
+        b_(c.b_of(site)),
+        dropout_(c.dropout),
         always_drawn_(c.sample_at_inference),
         random_(random) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
@@ -84,16 +72,7 @@ class PveraLinear : public models::LinearAdapter {
 class Pvera : public LinearMethod<PveraConfig, PveraLinear> {
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
-    if (!config_.a.defined()) {
-      const Widths width = widest(sites_);
-      const auto generator = torch_generator(static_cast<uint64_t>(config_.projection_prng_key));
-      config_.a = torch_kaiming_uniform({2 * config_.r, width.in}, 0, generator).to(context.device);
-      config_.b = torch_kaiming_uniform({width.out, config_.r}, 0, generator).to(context.device);
-      if (config_.save_projection) {
-        add_projection(context, "pvera_A", config_.a);
-        add_projection(context, "pvera_B", config_.b);
-      }
-    }
+    config_.draw_once(context, sites_, 2 * config_.r, "pvera");
     LinearMethod::attach_to(context, site);
   }
 };

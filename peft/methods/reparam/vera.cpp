@@ -8,27 +8,13 @@
 
 #include "peft/draws.h"
 #include "peft/linear_method.h"
-#include "peft/projection.h"
+#include "peft/vera_fields.h"
 
 namespace graft::peft {
 namespace {
 
-struct VeraConfig {
-  Targets targets;
-  int r = 256;
-  int projection_prng_key = 0;
-  bool save_projection = true;
-  double vera_dropout = 0;
-  double d_initial = 0.1;
-  Tensor a, b;  ///< no fields: what the slots share
-
-  void fields(configs::Fields& f) {
-    f("r", r, f.range(1, 65536), "rank, the inner size");
-    f("projection_prng_key", projection_prng_key, f.at_least(0), "seed of the shared matrices");
-    f("save_projection", save_projection, "save the shared matrices too, not only their seed");
-    f("vera_dropout", vera_dropout, f.at_least(0).below(1), "probability, on the adapter's input");
-    f("d_initial", d_initial, "first value of vera_lambda_d");
-  }
+struct VeraConfig : VeraFields {
+  void fields(configs::Fields& f) { VeraFields::fields(f, "vera"); }
   static PeftForm peft_form() {
     return {.type = "VERA", .bias_only = "vera_only", .inert = {"init_weights"}};
   }
@@ -37,10 +23,7 @@ struct VeraConfig {
 class VeraLinear : public models::LinearAdapter {
  public:
   VeraLinear(const VeraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : a_(c.a.slice(1, 0, site.info.in)),
-        b_(c.b.slice(0, 0, site.info.out)),
-        dropout_(c.vera_dropout),
-        random_(random) {
+      : a_(c.a_of(site)), b_(c.b_of(site)), dropout_(c.dropout), random_(random) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     d_ = register_parameter("lambda_d", at::full({c.r}, c.d_initial, options));
     lambda_b_ = register_parameter("lambda_b", at::zeros({site.info.out}, options));
@@ -68,16 +51,7 @@ class VeraLinear : public models::LinearAdapter {
 class Vera : public LinearMethod<VeraConfig, VeraLinear> {
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
-    if (!config_.a.defined()) {
-      const Widths width = widest(sites_);
-      const auto generator = torch_generator(static_cast<uint64_t>(config_.projection_prng_key));
-      config_.a = torch_kaiming_uniform({config_.r, width.in}, 0, generator).to(context.device);
-      config_.b = torch_kaiming_uniform({width.out, config_.r}, 0, generator).to(context.device);
-      if (config_.save_projection) {
-        add_projection(context, "vera_A", config_.a);
-        add_projection(context, "vera_B", config_.b);
-      }
-    }
+    config_.draw_once(context, sites_, config_.r, "vera");
     LinearMethod::attach_to(context, site);
   }
 };
