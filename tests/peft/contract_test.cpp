@@ -55,6 +55,12 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"hira",
      "{target_modules: [all-linear, embed], init_weights: gaussian, hira_dropout: 0.25,"
      " rank_pattern: {v_proj: 3}}"},
+    {"increlora",
+     "{target_modules: all-linear, init_warmup: 1, incre_interval: 1, top_h: 100, lora_r: 2,"
+     " target_r: 6}"},
+    {"increlora",
+     "{init_warmup: 0, incre_interval: 2, advance_learn: false, scale_by: initial_rank,"
+     " lora_dropout: 0.25}"},
     {"diffusekrona", "{target_modules: all-linear, scale: 2}"},
     {"krona", "{a_out: 8, a_in: 3}"},
     {"loha",
