@@ -68,6 +68,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"lokr", "{target_modules: all-linear, r: 2, decompose_both: true, init_weights: lycoris}"},
     {"lokr",
      "{r: 3, decompose_factor: 4, rank_pattern: {v_proj: 100}, alpha_pattern: {q_proj: 2}}"},
+    {"lorand", "{sites: [block], factor: 4, branches: 2, kernel_dim: 3, share_kernel: true}"},
     {"lora_xs", "{target_modules: all-linear, r: 6, init_deviation: 0, dropout: 0.25}"},
     {"miss", "{target_modules: all-linear, r: 8, init_weights: bat, bias: MiSS_only}"},
     {"miss",
