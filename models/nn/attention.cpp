@@ -47,7 +47,7 @@ Tensor plain_causal_attention(const Tensor& q_BHLK, const Tensor& k, const Tenso
   const Tensor future =
       at::full({length, length}, -std::numeric_limits<double>::infinity(), q.options()).triu(1);
   const Tensor scores = at::baddbmm(future, q, keys.transpose(1, 2), 1, scale);
-  return at::bmm(scores.softmax(-1), values).view(q_BHLK.sizes());
+  return at::bmm(scores.softmax(-1), values).unflatten(0, q_BHLK.sizes().slice(0, 2));
 }
 
 /// All queries are the last positions of the keys' document.

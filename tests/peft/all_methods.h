@@ -31,6 +31,7 @@ inline std::string defaults(const std::string& method) {
       {"mam",  // fewer kinks of ReLU
        "{prefix_tuning: {num_virtual_tokens: 3, encoder_hidden_size: 24}, bottleneck: "
        "{non_linearity: silu}}"},
+      {"lora_sparse", "{init_weights: normal, mimic_weight: 30}"},  // learns by its own loss alone
       {"miss", "{r: 16}"},
       {"p_tuning", "{num_virtual_tokens: 3, encoder_hidden_size: 24}"},  // fewer kinks of ReLU
       {"psoft", "{r: 8}"},
