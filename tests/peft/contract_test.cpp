@@ -55,6 +55,10 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"hira",
      "{target_modules: [all-linear, embed], init_weights: gaussian, hira_dropout: 0.25,"
      " rank_pattern: {v_proj: 3}}"},
+    {"dylora",
+     "{target_modules: all-linear, r: 6, block_size: 2, scale_by: rank, per_slot: true,"
+     " lora_dropout: 0.25}"},
+    {"dylora", "{r: 4, update: prefix, scale_by: pieces, inference_r: 3}"},
     {"increlora",
      "{target_modules: all-linear, init_warmup: 1, incre_interval: 1, top_h: 100, lora_r: 2,"
      " target_r: 6}"},
