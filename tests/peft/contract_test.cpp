@@ -59,6 +59,8 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
      "{target_modules: all-linear, r: 6, block_size: 2, scale_by: rank, per_slot: true,"
      " lora_dropout: 0.25}"},
     {"dylora", "{r: 4, update: prefix, scale_by: pieces, inference_r: 3}"},
+    {"ed_lora", "{token_ids: [11, 85], lora_dropout: 0.25, token_lr_ratio: 1}"},
+    {"ed_lora", "{r: 2, lora_alpha: 3, token_ids: [48, 40, 77], token_start: [5, -1, 7]}"},
     {"increlora",
      "{target_modules: all-linear, init_warmup: 1, incre_interval: 1, top_h: 100, lora_r: 2,"
      " target_r: 6}"},
