@@ -156,8 +156,9 @@ int main(int argc, char** argv) {
   bool debug = false;
   app.add_flag("--debug", debug, "also log debug messages");
   Command command;
-  for (const auto add : {add_train, add_eval, add_generate, add_prepare, add_validate, add_methods,
-                         add_models, add_inspect, add_merge, add_export, add_completion, add_env}) {
+  for (const auto add :
+       {add_train, add_eval, add_generate, add_prepare, add_validate, add_methods, add_models,
+        add_inspect, add_merge, add_export, add_fuse, add_completion, add_env}) {
     add(app, command);
   }
   try {

@@ -30,6 +30,7 @@ void add_models(CLI::App& app, Command& command);
 void add_inspect(CLI::App& app, Command& command);
 void add_merge(CLI::App& app, Command& command);
 void add_export(CLI::App& app, Command& command);
+void add_fuse(CLI::App& app, Command& command);
 void add_completion(CLI::App& app, Command& command);
 void add_env(CLI::App& app, Command& command);
 

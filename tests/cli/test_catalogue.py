@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tiny_base import LORA, facts, run
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "generate", "validate", "methods", "models", "inspect", "merge", "export",
+@pytest.mark.parametrize("verb", ["train", "eval", "generate", "validate", "methods", "models", "inspect", "merge", "export", "fuse",
                                   "completion", "env"])
 def test_help_fits_forty_lines_and_ends_with_two_examples(verb):
     lines = run(verb, "--help").rstrip().splitlines()
