@@ -45,7 +45,11 @@ struct LowrankAdd : torch::autograd::Function<LowrankAdd> {
       }
       if (ctx->needs_input_grad(2)) d_a = gemm(d_inner.t(), rows(x)).to(type("a_type"));
     }
-    if (ctx->needs_input_grad(3)) d_b = gemm(d_y.t(), inner).to(type("b_type")).mul_(scale);
+    if (ctx->needs_input_grad(3)) {
+      // As (inner^T dy)^T: the left side of a product is read in rows, and dy is the large one.
+      d_b = gemm(inner.t(), d_y).t().to(type("b_type"), false, false, at::MemoryFormat::Contiguous);
+      d_b.mul_(scale);
+    }
     return {grads[0], d_x, d_a, d_b, at::Tensor()};
   }
 };

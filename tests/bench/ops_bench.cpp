@@ -12,7 +12,9 @@
 #include <string_view>
 
 #include "kernels/adamw/adamw.h"
+#include "kernels/adamw8/adamw8.h"
 #include "kernels/lowrank/lowrank.h"
+#include "kernels/nf4/nf4.h"
 #include "kernels/rms_norm/rms_norm.h"
 #include "kernels/rope/rope.h"
 #include "kernels/swiglu/swiglu.h"
@@ -140,6 +142,36 @@ void bench_adamw(int64_t num_tensors, int64_t size) {
       [=] { at::linalg_vector_norm(flat).item<float>(); }, [=] { sum_of_squares(flat); });
 }
 
+/// Moments in 8 bits: decoded, moved and encoded by LibTorch's calls.
+void bench_adamw8(int64_t size) {
+  const at::Tensor p = at::rand({size}), g = at::randn({size});
+  const auto moment = [&] {
+    return EightBitMoment{at::zeros({size}, at::kByte), at::zeros({size / kAdamW8Block})};
+  };
+  const EightBitMoment first = moment(), second = moment();
+  const auto decoded = [](const EightBitMoment& m, const at::Tensor& map) {
+    return (map.index_select(0, m.codes.to(at::kInt)).view({-1, kAdamW8Block}) *
+            m.absmax.unsqueeze(1))
+        .flatten();
+  };
+  const auto encode = [](const at::Tensor& values, const at::Tensor& map, const EightBitMoment& m) {
+    const at::Tensor rows = values.view({-1, kAdamW8Block});
+    m.absmax.copy_(rows.abs().amax(1));
+    const at::Tensor scaled = rows * (1 / m.absmax.clamp_min(1e-38)).unsqueeze(1);
+    m.codes.copy_(
+        at::bucketize(scaled, (map.slice(0, 0, 255) + map.slice(0, 1, 256)) / 2).flatten());
+  };
+  compare(
+      "adamw_8bit " + std::to_string(size),
+      [=] {
+        const at::Tensor m = decoded(first, dynamic_map());
+        const at::Tensor v = decoded(second, unsigned_dynamic_map());
+        adamw(p, g, m, v, 1, {});
+        encode(m, dynamic_map(), first), encode(v, unsigned_dynamic_map(), second);
+      },
+      [=] { adamw_8bit(p, g, {first}, {second}, 1, {}); });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -156,4 +188,5 @@ int main(int argc, char** argv) {
   }
   bench_adamw(420, 11700);
   bench_adamw(1, 4914000);
+  bench_adamw8(4915200);
 }
