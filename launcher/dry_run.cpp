@@ -31,8 +31,7 @@ Unloaded unloaded(Run& run) {
   Unloaded parts;
   parts.model = models::make_model(base_config(run, labels_of(run).size()));
   parts.adapters = std::make_unique<peft::Peft>(*parts.model, at::kCPU, 0);
-  for (const std::string& directory : run.model.adapters.values)
-    parts.adapters->attach_frozen(directory);
+  attach_frozen(*parts.adapters, run.model);
   parts.adapters->attach(run.peft);
   return parts;
 }
@@ -153,8 +152,11 @@ void check_adapters(FileChecks& checks, Run& run, models::Model* model) {
   for (size_t i = 0; i < frozen.values.size(); ++i) {
     checks.at(checks.element("model.adapters", frozen, i), [&] {
       if (!adapters) peft::method_of_directory(frozen.values[i], method);
-      if (adapters) adapters->attach_frozen(frozen.values[i]);
+      if (adapters) attach_frozen(*adapters, run.model, i);
     });
+  }
+  if (adapters && run.model.active_adapters) {
+    checks.at("model.active_adapters", [&] { adapters->activate(*run.model.active_adapters); });
   }
   for (size_t i = 0; i < run.peft.size(); ++i) {
     peft::MethodEntry& entry = run.peft[i];

@@ -18,6 +18,14 @@ void ModelConfig::fields(Fields& f) {
     "random: for benchmarks and tests, name_or_path may then be a shape");
   f("revision", revision, "revision of the model, recorded with the run");
   f("adapters", adapters, "PEFT directories kept frozen and live under what is trained");
+  f("adapter_weights", adapter_weights,
+    "how much of what each of adapters adds counts; empty: all of it");
+  f.require(adapter_weights.empty() || adapter_weights.size() == adapters.values.size(),
+            "adapter_weights", "needs one number for each of model.adapters");
+  f("adapter_names", adapter_names, "what active_adapters calls them; empty: their directories");
+  f.require(adapter_names.empty() || adapter_names.size() == adapters.values.size(),
+            "adapter_names", "needs one name for each of model.adapters");
+  f("active_adapters", active_adapters, "names of those that run; null: all");
 }
 
 void DataConfig::fields(Fields& f) {

@@ -25,6 +25,9 @@ struct ModelConfig {
   std::string weights = "load";
   std::optional<std::string> revision;
   StringOrList adapters;
+  std::vector<double> adapter_weights;
+  std::vector<std::string> adapter_names;
+  std::optional<std::vector<std::string>> active_adapters;
 
   void fields(Fields& f);
 };

@@ -3,9 +3,13 @@
 #include <ATen/ATen.h>
 
 #include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/starts.h"
 #include "launcher/task.h"
@@ -152,14 +156,47 @@ std::unique_ptr<peft::BaseWeights> Workbench::base_weights() {
   return std::make_unique<LoadedWeights>(*model, *store);
 }
 
+void attach_frozen(peft::Peft& adapters, const ModelConfig& model) {
+  for (size_t i = 0; i < model.adapters.values.size(); ++i) attach_frozen(adapters, model, i);
+  if (model.active_adapters) adapters.activate(*model.active_adapters);
+}
+
+void attach_frozen(peft::Peft& adapters, const ModelConfig& model, size_t i) {
+  adapters.attach_frozen(model.adapters.values[i],
+                         model.adapter_weights.empty() ? 1 : model.adapter_weights[i],
+                         model.adapter_names.empty() ? "" : model.adapter_names[i]);
+}
+
+void add_adapter(ModelConfig& model, const std::string& text) {
+  std::string directory = text;
+  double weight = 1;
+  const size_t equals = text.rfind('=');
+  if (equals != std::string::npos && !std::filesystem::exists(text)) {
+    const std::string number = text.substr(equals + 1);
+    char* end = nullptr;
+    weight = std::strtod(number.c_str(), &end);
+    GRAFT_CHECK(!number.empty() && *end == 0 && std::isfinite(weight), "--adapter ", text, ": '",
+                number, "' is no weight; expected DIR or DIR=WEIGHT");
+    directory.resize(equals);
+  }
+  for (const std::string& part : adapter_parts(directory)) {
+    model.adapter_weights.resize(model.adapters.values.size(), 1);
+    if (!model.adapter_names.empty()) model.adapter_names.push_back(part);
+    if (model.active_adapters)
+      model.active_adapters->push_back(model.adapter_names.empty() ? part
+                                                                   : model.adapter_names.back());
+    model.adapters.values.push_back(part);
+    model.adapter_weights.push_back(weight);
+  }
+}
+
 Workbench build_workbench(World& world, Run& config, const std::string& resume) {
   Workbench bench{world, compute_dtype(config.model.dtype, world.device), {}, {}, {}, {}, {}, {}};
   bench.labels = labels_of(config);
   bench.model = models::make_model(base_config(config, bench.labels.size()));
   bench.adapters = std::make_unique<peft::Peft>(*bench.model, world.device,
                                                 static_cast<uint64_t>(config.train.seed));
-  for (const std::string& directory : config.model.adapters.values)
-    bench.adapters->attach_frozen(directory);
+  attach_frozen(*bench.adapters, config.model);
   bench.adapters->attach(config.peft, resume);
   check_something_is_quantised(*bench.model, config);
   bench.shard_comm = make_shard_comm(world, config.parallel.shard);

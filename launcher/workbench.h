@@ -31,6 +31,15 @@ struct Workbench {
   std::unique_ptr<peft::BaseWeights> base_weights();
 };
 
+/// Puts model.adapters on the model, with their weights, and lets the active ones run.
+void attach_frozen(peft::Peft& adapters, const ModelConfig& model);
+/// One of them. They all run.
+void attach_frozen(peft::Peft& adapters, const ModelConfig& model, size_t i);
+
+/// Adds what --adapter says, "DIR" or "DIR=WEIGHT", to model.adapters; of methods that were trained
+/// together each one.
+void add_adapter(ModelConfig& model, const std::string& text);
+
 /// Builds the model, attaches frozen adapters and the run's methods, loads the weights, sets
 /// initial values. Mistakes in the run (targets, shapes) are reported before any weight is read.
 /// Collective.

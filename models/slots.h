@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,17 +19,42 @@
 
 namespace graft::models {
 
+/// The adapters that run, innermost first. The first num_frozen() of them see a Pass that is no
+/// training, so nothing is dropped from what they give.
 template <class A>
 class Slot {
  public:
+  struct Frozen {
+    size_t owner;  ///< whose it is: a number of the caller's
+    std::shared_ptr<A> adapter;
+  };
+
   bool empty() const { return adapters_.empty(); }
+  size_t size() const { return adapters_.size(); }
   void push(std::shared_ptr<A> adapter) { adapters_.push_back(std::move(adapter)); }
   void pop() { adapters_.pop_back(); }  ///< the outermost
-  void clear() { adapters_.clear(); }
+  void clear() { *this = Slot(); }
   const std::vector<std::shared_ptr<A>>& adapters() const { return adapters_; }
+
+  /// Those pushed since the last call are frozen.
+  void freeze(size_t owner) {
+    for (size_t i = num_frozen_; i < adapters_.size(); ++i)
+      frozen_.push_back({owner, adapters_[i]});
+    num_frozen_ = adapters_.size();
+  }
+  /// All that were frozen, whether they run or not.
+  const std::vector<Frozen>& frozen() const { return frozen_; }
+  /// From now on these run, and nothing else.
+  void run_frozen(std::vector<std::shared_ptr<A>> adapters) {
+    adapters_ = std::move(adapters);
+    num_frozen_ = adapters_.size();
+  }
+  size_t num_frozen() const { return num_frozen_; }
 
  private:
   std::vector<std::shared_ptr<A>> adapters_;
+  std::vector<Frozen> frozen_;
+  size_t num_frozen_ = 0;
 };
 
 /// kGain: the vector of a norm, of which adapters give another: only merged() is asked, with [D].
@@ -52,6 +78,12 @@ class LinearOp {
   virtual Tensor weight() const = 0;
 };
 
+/// s B A x: A [r, in], B [out, r].
+struct LowRank {
+  Tensor a, b;
+  double scale = 1;
+};
+
 /// Placed at every linear, embedding and head: attn.{q,k,v,o}, mlp.{gate,up,down}, embed, head.
 class LinearAdapter : public torch::nn::Module {
  public:
@@ -59,6 +91,12 @@ class LinearAdapter : public torch::nn::Module {
   virtual bool mergeable() const { return false; }
   /// The matrix that alone does what base and adapter do; `w` is not changed.
   virtual Tensor merged(const Tensor& w) const;
+  /// The factors, if without dropout all it does is to add such a product to what it wraps:
+  /// several of a slot can then run as one.
+  virtual std::optional<LowRank> low_rank() const { return std::nullopt; }
+  /// Whether forward() or initial values ask for LinearOp::weight(), which only mergeable adapters
+  /// below can give.
+  virtual bool needs_weight() const { return false; }
 };
 
 /// Placed around attention, MLP and whole blocks: attn, mlp, block.

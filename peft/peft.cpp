@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <set>
+#include <type_traits>
 
 #include "configs/check.h"
 #include "peft/adapter_file.h"
+#include "peft/low_rank_stack.h"
 #include "peft/peft_form.h"
 
 namespace graft::peft {
@@ -107,10 +109,14 @@ std::shared_ptr<WholeTensors> Peft::attach_with_head(Method& method, AttachConte
   return whole;
 }
 
-void Peft::attach_frozen(const std::string& directory) {
-  std::string name;
+void Peft::attach_frozen(const std::string& directory, double weight, std::string name) {
+  GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
   check_task(directory);
-  Frozen frozen{method_of_directory(directory, name), {}, directory, {}};
+  Frozen frozen;
+  frozen.method = method_of_directory(directory, frozen.method_name);
+  frozen.directory = directory;
+  frozen.name = name.empty() ? directory : std::move(name);
+  frozen.weight = weight;
   const AdapterFile file(directory);
   file.check_modules(slots_);
   AttachContext context{slots_,  model_.info(), frozen.params,
@@ -129,7 +135,75 @@ void Peft::attach_frozen(const std::string& directory) {
     if (param.thawed != nullptr) param.thawed->thaw(models::Thaw::kFile);
   }
   set_values(frozen.params, file);
+  check_composes(frozen.method_name + " (" + directory + ")");
+  slots_.each([&](const auto& site) { site.slot->freeze(frozen_.size()); });
   frozen_.push_back(std::move(frozen));
+  run_active();
+}
+
+void Peft::activate(const std::vector<std::string>& names) {
+  GRAFT_ASSERT(trained_.empty(), "what is trained was attached to the adapters that were active");
+  std::vector<std::string> known;
+  for (Frozen& frozen : frozen_) {
+    known.push_back(frozen.name);
+    frozen.is_active = std::find(names.begin(), names.end(), frozen.name) != names.end();
+  }
+  for (const std::string& name : names) {
+    GRAFT_CHECK(std::find(known.begin(), known.end(), name) != known.end(),
+                "no adapter is called '", name, "'; there are: ", configs::join(known, ", "));
+  }
+  run_active();
+}
+
+/// Each slot runs the active ones of the adapters that were frozen in it, low-rank products as one.
+void Peft::run_active() {
+  slots_.each([&](const auto& site) {
+    using Adapter = typename std::decay_t<decltype(site.slot->adapters())>::value_type;
+    constexpr bool is_linear = std::is_same_v<Adapter, std::shared_ptr<models::LinearAdapter>>;
+    std::vector<std::conditional_t<is_linear, Weighted, Adapter>> active;
+    for (const auto& [owner, adapter] : site.slot->frozen()) {
+      const Frozen& frozen = frozen_[owner];
+      if (!frozen.is_active) continue;
+      if constexpr (is_linear) {
+        active.push_back({adapter, frozen.weight});
+      } else {
+        GRAFT_CHECK(frozen.weight == 1, frozen.name, ": a weight of ", frozen.weight, " for ",
+                    frozen.method_name, " at ", site.name,
+                    ": only what adds a low-rank product to a matrix can have a weight");
+        active.push_back(adapter);
+      }
+    }
+    if constexpr (is_linear) {
+      site.slot->run_frozen(fuse(active));
+    } else {
+      site.slot->run_frozen(std::move(active));
+    }
+  });
+}
+
+std::string Peft::frozen_hash() const {
+  std::string all;
+  for (const Frozen& frozen : frozen_) all += frozen.params.hash();
+  return all;
+}
+
+/// Methods that need a layer's matrix stand on methods that can be merged into it.
+/// @param method  attached just now
+void Peft::check_composes(const std::string& method) {
+  for (const auto* sites : {&slots_.linears, &slots_.gains}) {
+    for (const LinearSite& site : *sites) {
+      const models::LinearAdapter* unmergeable = nullptr;
+      for (size_t i = 0; i < site.slot->size(); ++i) {
+        const auto& adapter = site.slot->adapters()[i];
+        const bool is_new = i >= site.slot->num_frozen() && !method_of_.contains(adapter.get());
+        if (is_new) method_of_[adapter.get()] = method;
+        GRAFT_CHECK(!is_new || !adapter->needs_weight() || unmergeable == nullptr, "peft: ", method,
+                    " needs the matrix of ", site.name, ", and ", method_of_[unmergeable],
+                    " below it cannot be merged into one; put it on other modules, or above");
+        if (!adapter->mergeable()) unmergeable = adapter.get();
+      }
+    }
+  }
 }
 
 void Peft::attach(MethodEntry& entry, const std::string& resume) {
@@ -149,6 +223,7 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
                         device_, std::to_string(index) + "."};
   auto head =
       attach_with_head(*entry.method, context, [&](const std::string&) { return !trains_head_; });
+  check_composes(entry.name);
   trained_.push_back({entry.name, entry.method, first, params_.all().size() - first, first_constant,
                       params_.constants().size() - first_constant, entry.init_from.value_or(""),
                       !from.empty(), std::move(head)});

@@ -29,8 +29,17 @@ class Peft {
   /// @param seed  of initial values
   Peft(models::Model& model, at::Device device, uint64_t seed);
 
-  /// Puts a saved adapter on the model, frozen: it is live and never trained.
-  void attach_frozen(const std::string& directory);
+  /// Puts a saved adapter on the model, frozen: it is live and never trained. All frozen ones come
+  /// before what is trained.
+  /// @param weight  of what it adds: PEFT's add_weighted_adapter of type `cat`, live
+  /// @param name    for activate(); empty: the directory
+  void attach_frozen(const std::string& directory, double weight = 1, std::string name = "");
+  /// From now on the frozen adapters with these names run, in the order of attachment; at first
+  /// all do. Before anything is trained on them.
+  /// @throws graft::Error for a name that none has
+  void activate(const std::vector<std::string>& names);
+  /// Of the values of all frozen adapters, active or not: what never changes.
+  std::string frozen_hash() const;
   /// Puts the run's next method on the model and its parameters in params(); those of `init_from`
   /// must fit it. An entry with `init_from` alone gets its method.
   /// @param resume  the method's directory in a checkpoint that load() will be called with; empty:
@@ -93,9 +102,12 @@ class Peft {
     std::shared_ptr<WholeTensors> head;  ///< see attach_with_head
   };
   struct Frozen {
+    std::string method_name;
     std::shared_ptr<Method> method;
     ParamSet params;
-    std::string directory;
+    std::string directory, name;
+    double weight = 1;
+    bool is_active = true;
     std::shared_ptr<WholeTensors> head;
   };
   std::vector<Method*> all() const;  ///< innermost first
@@ -105,6 +117,8 @@ class Peft {
   std::shared_ptr<WholeTensors> attach_with_head(Method& method, AttachContext& context,
                                                  const Wanted& wanted);
   void add_penalties() const;
+  void run_active();
+  void check_composes(const std::string& method);
   std::vector<Param> params_of(const Trained& part) const;
   std::vector<Constant> constants_of(const Trained& part) const;
 
@@ -117,6 +131,7 @@ class Peft {
   std::vector<size_t> saved_;  ///< of trained_
   bool trains_head_ = false;
   std::vector<Frozen> frozen_;
+  std::map<const models::LinearAdapter*, std::string> method_of_;  ///< of those attached so far
 };
 
 /// Reads adapter_config.json: the method it names, with its fields set.

@@ -1,6 +1,7 @@
 // SlotMap: every slot of a model with its name, role and stage, as methods see it.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,15 @@ struct SlotMap {
   const models::NameMap* names = nullptr;
 
   const LinearSite* find_linear(const std::string& name) const;
+
+  /// f(site) for every slot of every kind.
+  template <class F>
+  void each(F f) const {
+    const auto all = [&](const auto&... lists) {
+      (std::for_each(lists.begin(), lists.end(), f), ...);
+    };
+    all(linears, gains, sublayers, attentions, sequences, tensors, carries, losses);
+  }
 };
 
 }  // namespace graft::peft

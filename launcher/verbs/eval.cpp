@@ -8,6 +8,7 @@
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "configs/names.h"
 #include "data/loader.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/evaluate.h"
@@ -23,30 +24,32 @@ namespace {
 
 struct EvalArguments {
   RunArguments run;
-  std::string adapter, logits, output;
+  std::string logits, output;
+  std::vector<std::string> adapters;
   bool base = false, json = false;
 };
 
 /// --adapter, else the run's own adapter, else the config's start; `said` tells which.
 void choose_adapter(const EvalArguments& arguments, Run& run, std::string& said) {
   const std::string trained = run.checkpoint.output_dir + "/adapter";
-  std::string directory = arguments.adapter;
-  if (directory.empty() && std::filesystem::exists(trained)) directory = trained;
+  std::vector<std::string> chosen = arguments.adapters;
+  if (chosen.empty() && std::filesystem::exists(trained)) chosen = {trained};
   if (arguments.base) {
     run.peft.clear();
     run.model.adapters = {};
+    run.model.adapter_weights = {};
+    run.model.active_adapters = std::nullopt;
     said = "the untouched base";
     return;
   }
-  if (directory.empty()) {
+  if (chosen.empty()) {
     said =
         run.peft.empty() ? "the base" : "the config's start (" + trained + " does not exist yet)";
     return;
   }
   run.peft.clear();
-  for (const std::string& part : adapter_parts(directory))
-    run.model.adapters.values.push_back(part);
-  said = "adapter " + directory;
+  for (const std::string& adapter : chosen) add_adapter(run.model, adapter);
+  said = "adapter " + configs::join(chosen, " + ");
 }
 
 /// Loading a large base takes minutes: what is wrong with the data is told before.
@@ -125,8 +128,10 @@ void add_eval(CLI::App& app, Command& command) {
   auto arguments = std::make_shared<EvalArguments>();
   add_run_arguments(*verb, arguments->run);
   auto* adapter =
-      verb->add_option("--adapter", arguments->adapter,
-                       "adapter folder; default: output_dir/adapter, else the config's own start");
+      verb->add_option("--adapter", arguments->adapters,
+                       "adapter folder, or FOLDER=WEIGHT; may be given more than once; default: "
+                       "output_dir/adapter, else the config's own start")
+          ->allow_extra_args(false);
   verb->add_flag("--base", arguments->base, "the base without any adapter")->excludes(adapter);
   verb->add_option("--logits", arguments->logits,
                    "also write the logits of each eval row (safetensors, float32)");

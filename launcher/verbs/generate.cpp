@@ -37,18 +37,14 @@ Run run_of(const GenerateArguments& arguments) {
     const std::string adapter = arguments.run_dir + "/adapter";
     GRAFT_CHECK(std::filesystem::exists(adapter), arguments.run_dir,
                 ": no adapter yet; the run has not finished");
-    for (const std::string& part : adapter_parts(adapter))
-      run.model.adapters.values.push_back(part);
+    add_adapter(run.model, adapter);
   } else {
     GRAFT_CHECK(!arguments.model.empty(), "generate: name a run's folder, or --model");
     run.model.name_or_path = arguments.model;
     run.model.quantization = arguments.quantization;
     run.model.dtype = arguments.dtype;
   }
-  for (const std::string& adapter : arguments.adapters) {
-    for (const std::string& part : adapter_parts(adapter))
-      run.model.adapters.values.push_back(part);
-  }
+  for (const std::string& adapter : arguments.adapters) add_adapter(run.model, adapter);
   return run;
 }
 
@@ -144,7 +140,9 @@ void add_generate(CLI::App& app, Command& command) {
   auto* run = verb->add_option("RUN_DIR", arguments->run_dir,
                                "a finished run: its base, settings and adapter");
   verb->add_option("--model", arguments->model, "Hugging Face folder or GGUF file")->excludes(run);
-  verb->add_option("--adapter", arguments->adapters, "adapter folder; may be given more than once");
+  verb->add_option("--adapter", arguments->adapters,
+                   "adapter folder, or FOLDER=WEIGHT; may be given more than once")
+      ->allow_extra_args(false);
   verb->add_option("--prompt", arguments->prompt,
                    "a user's message; goes through the model's chat template");
   verb->add_option("--prompts", arguments->prompts, "a file with a prompt a line");

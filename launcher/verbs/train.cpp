@@ -140,6 +140,7 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   Workbench bench = build_workbench(world, run, checkpoint.value_or(""));
   GRAFT_CHECK(bench.adapters->params().numel() > 0, "peft: nothing to train");
   const std::string base_hash = bench.store->hash();
+  const std::string frozen_hash = bench.adapters->frozen_hash();
   Trainer trainer(bench, run);
   if (checkpoint) resume(*checkpoint, output, bench, trainer);
   output.keep();  // a start that failed has left nothing
@@ -150,6 +151,9 @@ int train(const Arguments& arguments, const dist::Topology& topology, dist::MpiS
   GRAFT_CHECK(bench.store->hash() == base_hash, ExitCode::kNumerics,
               "the frozen base changed during the run: its adapter must not be trusted (a bug, or "
               "broken memory)");
+  GRAFT_CHECK(bench.adapters->frozen_hash() == frozen_hash, ExitCode::kNumerics,
+              "a frozen adapter changed during the run: what was trained on it must not be trusted "
+              "(a bug, or broken memory)");
   if (finished) {
     finish(output, bench, trainer, run);
     return static_cast<int>(ExitCode::kDone);

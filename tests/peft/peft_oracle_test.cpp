@@ -185,6 +185,18 @@ GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(PeftOracle);
 INSTANTIATE_TEST_SUITE_P(Directories, PeftOracle, testing::ValuesIn(adapter_names()),
                          [](const auto& info) { return info.param; });
 
+TEST(PeftOracleSum, OfWeightedAdaptersIsThatOfPeft) {
+  if (oracle_root().empty()) GTEST_SKIP() << "GRAFT_ORACLE_DIR is not set";
+  Tiny tiny{models::read_base_config(oracle_root() + "/qwen2/model")};
+  tiny.adapters.attach_frozen(directory_of("lora"), 0.75);
+  tiny.adapters.attach_frozen(directory_of("lora_rslora"), 0.5);
+  tiny.load(dense());
+  const SafetensorsFile rows(oracle_root() + "/qwen2/oracle.safetensors");
+  const SafetensorsFile sums(oracle_root() + "/adapter_sums.safetensors");
+  expect_equal(tiny.logits(make_batch(rows.read("input_ids"), rows.read("labels"))),
+               sums.read("logits"), "logits");
+}
+
 TEST(PeftOracleDirectories, EveryTypeKnownHereHasOne) {
   if (oracle_root().empty()) GTEST_SKIP() << "GRAFT_ORACLE_DIR is not set";
   std::set<std::string> found;

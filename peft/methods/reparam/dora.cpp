@@ -9,7 +9,6 @@
 // embeddings.
 #include <ATen/ATen.h>
 
-#include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
 #include "peft/linear_method.h"
@@ -33,10 +32,6 @@ class DoraLinear : public models::LinearAdapter {
         scale_(c.scale(site)),
         dropout_(c.lora_dropout),
         random_(random) {
-    for (const auto& adapter : below_) {
-      GRAFT_CHECK(adapter->mergeable(), "dora: it needs the matrix of ", site.name,
-                  ", and the adapter below cannot be merged into it");
-    }
     const auto [a, b] = c.start(site, random, device);
     a_ = register_parameter("lora_a", a);
     b_ = register_parameter("lora_b", b);
@@ -63,6 +58,7 @@ class DoraLinear : public models::LinearAdapter {
     return y + kernels::lowrank_add((gain - 1).to(type) * plain, dropped, a_,
                                     gain.unsqueeze(1) * b_, scale_);
   }
+  bool needs_weight() const override { return true; }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
     const Tensor v = w + (scale_ * b_.mm(a_)).to(w.scalar_type());

@@ -104,6 +104,7 @@ class GloraLinear : public models::LinearAdapter {
     if (!c_.empty()) y = y + (base(cast(c_.value()).t()).squeeze(0) - bias);
     return d_.empty() ? y : y + bias * cast(d_.left) + cast(e_.left);
   }
+  bool needs_weight() const override { return a_.is_product(); }
   bool mergeable() const override { return !info_.has_bias; }
   Tensor merged(const Tensor& w) const override {
     if (a_.empty()) return w;

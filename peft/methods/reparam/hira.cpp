@@ -61,6 +61,7 @@ class HiraLinear : public models::LinearAdapter {
     const Tensor dropped = dropout(x, dropout_, pass, random_);
     return y + at::linear(dropped, update.to(x.scalar_type())).to(y.scalar_type());
   }
+  bool needs_weight() const override { return true; }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override { return w + w * b_.mm(a_).to(w.scalar_type()); }
 

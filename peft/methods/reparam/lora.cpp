@@ -58,6 +58,10 @@ class LoraLinear : public models::LinearAdapter {
   Tensor merged(const Tensor& w) const override {
     return w + (scale_ * b_.mm(a_)).to(w.scalar_type());
   }
+  std::optional<models::LowRank> low_rank() const override {
+    if (bias_.defined()) return std::nullopt;
+    return models::LowRank{a_, b_, scale_};
+  }
 
  private:
   double scale_, dropout_;

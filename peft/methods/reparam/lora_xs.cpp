@@ -72,6 +72,9 @@ class LoraXsLinear : public models::LinearAdapter {
   Tensor merged(const Tensor& w) const override {
     return w + (b_.mm(r_).mm(a_) * scale_).to(w.scalar_type());
   }
+  std::optional<models::LowRank> low_rank() const override {
+    return models::LowRank{r_.mm(a_), b_, scale_};
+  }
 
  private:
   double scale_, dropout_;

@@ -64,6 +64,7 @@ class MissLinear : public models::LinearAdapter {
     const Tensor sums = dropped.unflatten(-1, {-1, r_}).sum(-2);
     return y + sums.matmul(block().to(x.scalar_type())).to(y.scalar_type());
   }
+  bool needs_weight() const override { return bat_; }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
     if (bat_) return w + bat(w);
