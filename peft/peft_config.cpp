@@ -49,6 +49,24 @@ void PeftConfigReader::get_targets(const std::vector<std::string_view>& leaves, 
   targets.modules.values = {targets_.begin(), targets_.end()};
 }
 
+void PeftConfigReader::get_targets_by_name(Targets& targets) {
+  const Json& names = entry("target_modules");
+  const bool is_word = names == "all-linear";
+  expect(is_word || names.is_array(), "target_modules", names, "a list, or \"all-linear\"");
+  targets.modules = {}, targets.exclude = {}, targets.layers = {};
+  for (const Json& name : is_word ? Json::array({names}) : names) {
+    expect(name.is_string(), "target_modules", name, "a string");
+    targets.modules.values.push_back(name);
+  }
+  const Json& layers = entry("layers_to_transform");
+  for (const Json& layer : layers.is_number() ? Json::array({layers}) : layers)
+    read("layers_to_transform", layer, targets.layers.emplace_back());
+  const Json& pattern = entry("layers_pattern");  // the blocks are model.layers here
+  const bool is_theirs = pattern.is_null() || pattern == "layers" || pattern == Json::array() ||
+                         pattern == Json::array({"layers"});
+  expect(is_theirs, "layers_pattern", pattern, "null or \"layers\"");
+}
+
 std::vector<std::string> PeftConfigReader::whole_modules() {
   std::vector<std::string> modules;
   for (const std::string& tensor : adapter_.tensors) {

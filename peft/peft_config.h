@@ -36,6 +36,9 @@ class PeftConfigReader {
   }
   /// The modules that have a tensor of one of these leaves ("lora_A.weight"), as whole paths.
   void get_targets(const std::vector<std::string_view>& leaves, Targets& targets);
+  /// The modules that target_modules and layers_to_transform name: for files whose tensors do not
+  /// tell. @throws graft::Error (kData) for a regular expression
+  void get_targets_by_name(Targets& targets);
   /// The modules whose own matrix is in the file: those of modules_to_save. After get_targets.
   std::vector<std::string> whole_modules();
   /// A pattern (rank_pattern, alpha_pattern) as the values of the target modules, by whole path.

@@ -30,6 +30,16 @@ Tensor torch_kaiming_uniform(at::IntArrayRef shape, double negative_slope,
   return out.uniform_(-bound, bound, generator);
 }
 
+void add_shared(AttachContext& context, const std::string& name, const std::string& hf_key,
+                const Tensor& value, const std::vector<const LinearSite*>& sites) {
+  Param param{.name = context.prefix + name, .hf_key = hf_key, .value = value};
+  const auto [low, high] = std::minmax_element(
+      sites.begin(), sites.end(),
+      [](const LinearSite* a, const LinearSite* b) { return a->stage < b->stage; });
+  param.stage = (*low)->stage, param.last_stage = (*high)->stage;
+  context.params.add(std::move(param));
+}
+
 void add_projection(AttachContext& context, const std::string& name, const Tensor& value) {
   context.params.add(Constant{context.prefix + name, "base_model." + name, value});
 }

@@ -9,13 +9,13 @@
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
-#include <algorithm>
 #include <numeric>
 
 #include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
 #include "peft/linear_method.h"
+#include "peft/projection.h"
 
 namespace graft::peft {
 namespace {
@@ -105,14 +105,7 @@ class Vblora : public LinearMethod<VbloraConfig, VbloraLinear> {
       const auto key = kernels::derive(context.random, 0);
       config_.bank = draw_uniform({config_.num_vectors, config_.vector_length},
                                   config_.init_vector_bank_bound, key, context.device);
-      Param param{
-          .name = context.prefix + name, .hf_key = "base_model." + name, .value = config_.bank};
-      const auto lower = [](const LinearSite* a, const LinearSite* b) {
-        return a->stage < b->stage;
-      };
-      const auto [low, high] = std::minmax_element(sites_.begin(), sites_.end(), lower);
-      param.stage = (*low)->stage, param.last_stage = (*high)->stage;
-      context.params.add(std::move(param));
+      add_shared(context, name, "base_model." + name, config_.bank, sites_);
     }
     LinearMethod::attach_to(context, site);
     if (is_first) adapters_.back()->register_parameter(name, config_.bank);
