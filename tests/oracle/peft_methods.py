@@ -12,7 +12,7 @@ The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v); rows an
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
 Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
-POLY, XLORA, MIXED      routed by task or over other adapters; X-LoRA's file loses a layer
+XLORA, MIXED            routed over other adapters; X-LoRA's file loses a layer
 ADAMSS of some spaces   they are clusters of scikit-learn's generator, which no file holds; one space needs none
 ADAPTION_PROMPT         acts on attention, not on linear layers, and fails for H d != D
 SHADOW                  a second model beside the base
@@ -34,6 +34,7 @@ import transformers
 from make_fixtures import fill, rows_and_labels
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.c3a import layer as c3a_layer
+from peft.tuners.poly import router as poly_router
 from safetensors.torch import load_file, save_file
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # out = in, out < in, a feed-forward one
@@ -136,10 +137,14 @@ CASES = {
     "deft_qr": Case(peft.DeftConfig, r=4, decomposition_method="qr"),
     "deft_para": Case(peft.DeftConfig, r=4, para=True),
     "lily": Case(peft.LilyConfig, r=4),
+    "lily_stride": Case(peft.LilyConfig, r=4, stride_A=2, num_B=3, target_modules="all-linear"),
     "peanut": Case(peft.PeanutConfig, r=4),
     "peanut_deep": Case(peft.PeanutConfig, r=4, depth=2, act_fn="silu"),
     "adamss": Case(peft.AdamssConfig, r=8, num_subspaces=1, subspace_rank=3),
     "osf": Case(peft.OSFConfig, effective_rank=8),
+    "osf_patterns": Case(peft.OSFConfig, rank_pattern={"layers.0.*v_proj": 3, "down": 0.25}),
+    "poly": Case(peft.PolyConfig, r=4, n_tasks=2, scale=0.3),
+    "poly_splits": Case(peft.PolyConfig, r=4, n_tasks=2, n_skills=3, n_splits=2, scale=0.3),
     # --- circulant and frequencies
     "c3a": Case(peft.C3AConfig, block_size=8),
     "c3a_pattern": Case(peft.C3AConfig, block_size=8, block_size_pattern={"v_proj": 16}),
@@ -180,12 +185,18 @@ class CorrectedConvolution:
         return torch.fft.fft(torch.einsum("...nb,mnb->...mb", torch.fft.ifft(blocks), torch.fft.fft(w))).real.flatten(-2)
 
 
+def of_first_task(forward):
+    """Poly's router where nobody says which tasks the rows are of."""
+    return lambda self, task_ids, input_ids: forward(self, torch.zeros(len(input_ids), dtype=torch.long), input_ids)
+
+
 def prepare_peft():
     """So that every type can be made here, and none is wrong."""
     for name in "sklearn", "sklearn.cluster":
         sys.modules[name] = types.ModuleType(name)
     sys.modules["sklearn.cluster"].KMeans = KMeans
     c3a_layer.BlockCircularConvolution = CorrectedConvolution
+    poly_router.PolyRouter.forward = of_first_task(poly_router.PolyRouter.forward)
     boft_layer.get_fbd_cuda = lambda: None  # it would compile CUDA
 
 
@@ -195,8 +206,8 @@ def loss_of(logits, labels):
 
 
 def trainable(model):
-    """(key in the file, parameter)"""
-    saved = {tensor.data_ptr(): key for key, tensor in peft.get_peft_model_state_dict(model).items()}
+    """(key in the file, parameter); of one that stands there several times, the first"""
+    saved = {tensor.data_ptr(): key for key, tensor in reversed(peft.get_peft_model_state_dict(model).items())}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield saved.get(parameter.data_ptr(), name.replace(".default", "")), parameter

@@ -38,6 +38,11 @@ inline std::string defaults(const std::string& method) {
       {"randlora", "{randlora_alpha: 8}"},
       {"road", "{group_size: 16}"},
       {"shira", "{r: 8}"},
+      {"supertuning", "{target_modules: all-linear, sparsity: 0.7}"},
+      {"tinylora", "{target_modules: all-linear, r: 8}"},
+      {"trainable_tokens",
+       "{token_indices: [11, 48, 85, 122, 32, 69, 106, 16, 53, 90, 0, 37, 74, 111, 21, 58]}"},
+      {"unilora", "{init_theta_d_bound: 0.5}"},
       {"vblora", "{vector_length: 16, num_vectors: 6, init_logits_std: 1}"},
       {"waveft", "{n_frequency: 300, scaling: 4}"},
   };

@@ -97,9 +97,10 @@ INSTANTIATE_TEST_SUITE_P(Peft, GoldenAdapter,
                                          "LORA_embed", "LORA_rank_pattern", "LORA_dora",
                                          "LORA_bias", "ADALORA", "BOFT", "DELORA", "HRA", "IA3",
                                          "OFT_exact", "OFT_neumann", "PVERA", "RANDLORA", "ROAD",
-                                         "VBLORA", "VERA", "C3A", "FOURIERFT", "GRALORA", "HIRA",
-                                         "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING",
-                                         "LOHA", "LOKR", "LOKR_both", "MISS", "MISS_bat"),
+                                         "TRAINABLE_TOKENS", "VBLORA", "VERA", "C3A", "FOURIERFT",
+                                         "GRALORA", "HIRA", "LN_TUNING", "PROMPT_TUNING",
+                                         "P_TUNING", "PREFIX_TUNING", "LOHA", "LOKR", "LOKR_both",
+                                         "MISS", "MISS_bat"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(GoldenAdapters, WhatIsNotSupportedIsRefusedByName) {

@@ -103,6 +103,8 @@ TEST_P(PeftOracle, TrainedFromItsFilesHasPeftsLossLogitsAndGradients) {
   expect_logits();
   tiny.training = false;  // as PEFT was
   const auto [loss, gradients] = tiny.sweep({{batch(), 0}}, 1);
+  // PEFT's hooks have projected the gradients already; here that is done once a step.
+  if (type == "OSF") tiny.adapters.after_reduce({});
   const double expected_loss = oracle.read("loss").item<double>();
   EXPECT_NEAR(loss, expected_loss, kLossTolerance * expected_loss);
 
