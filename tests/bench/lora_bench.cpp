@@ -30,10 +30,10 @@ struct NoGradients : models::GradientSink {
 };
 
 struct Row {
-  const char* name;
-  int num_frozen;
-  bool nested, trained;
-  double flops;  ///< of a token
+  const char* name = "";
+  int num_frozen = 0;
+  bool nested = false, trained = false;
+  double flops = 0;  ///< of a token
   double best_ms = 1e30;
   std::unique_ptr<peft::Tiny> tiny;
 };
@@ -87,11 +87,17 @@ double run_ms(peft::Tiny& tiny) {
 
 void bench(at::ScalarType dtype, const std::string& frozen, int threads, int rounds) {
   constexpr double kTrained = kBareFlops + 6 * kAdapter;
-  Row rows[] = {{"bare: gradient to the input only", 0, false, false, kBareFlops},
-                {"LoRA r 16", 0, false, true, kTrained},
-                {"LoRA r 16 over 1 frozen", 1, false, true, kTrained + 4 * kAdapter},
-                {"LoRA r 16 over 8 frozen", 8, false, true, kTrained + 32 * kAdapter},
-                {"LoRA r 16 over 8 frozen, nested", 8, true, true, kTrained + 32 * kAdapter}};
+  std::vector<Row> rows;
+  const auto add = [&](const char* name, int num_frozen, bool nested, bool trained, double flops) {
+    Row& row = rows.emplace_back();
+    row.name = name, row.num_frozen = num_frozen, row.nested = nested;
+    row.trained = trained, row.flops = flops;
+  };
+  add("bare: gradient to the input only", 0, false, false, kBareFlops);
+  add("LoRA r 16", 0, false, true, kTrained);
+  add("LoRA r 16 over 1 frozen", 1, false, true, kTrained + 4 * kAdapter);
+  add("LoRA r 16 over 8 frozen", 8, false, true, kTrained + 32 * kAdapter);
+  add("LoRA r 16 over 8 frozen, nested", 8, true, true, kTrained + 32 * kAdapter);
   for (Row& row : rows) row.tiny = make(row, dtype, frozen);
   at::set_num_threads(threads);
   for (int round = -1; round < rounds; ++round) {  // round -1 warms up
