@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 
 #include "kernels/adamw8/adamw8_step.h"
 #include "kernels/device.h"
@@ -24,6 +26,39 @@ ByteMap byte_map(const at::Tensor& values) {
 const MomentMaps& moment_maps() {
   static const MomentMaps maps{byte_map(dynamic_map()), byte_map(unsigned_dynamic_map())};
   return maps;
+}
+
+CodeTable code_table(const ByteMap& map) {
+  const auto number = [](uint32_t key) {
+    const uint32_t bits = key << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  };
+  CodeTable table{};
+  for (uint32_t key = 0; key < CodeTable::kKeys; ++key) {
+    // Magnitudes [low, high): x in [low, high), and with a sign in (-high, -low].
+    const float low = key == 0 ? 0 : number(CodeTable::kLowest + key);
+    const float high = number(CodeTable::kLowest + key + 1);
+    const float* end = map.thresholds + 255;
+    const float* from = std::lower_bound(map.thresholds, end, low);
+    const float* from_minus = std::upper_bound(map.thresholds, end, -high);
+    const float* to = std::lower_bound(map.thresholds, end, high);
+    const float* to_minus = std::lower_bound(map.thresholds, end, -low);
+    GRAFT_ASSERT(to - from <= 1 && to_minus - from_minus <= 1, "midpoints too near at ", low);
+    const auto fill = [&](uint32_t place, const float* first, const float* last) {
+      table.below[place] = static_cast<uint8_t>(first - map.thresholds);
+      table.midpoint[place] = last > first ? *first : std::numeric_limits<float>::infinity();
+    };
+    fill(key, from, to), fill(CodeTable::kKeys + key, from_minus, to_minus);
+  }
+  return table;
+}
+
+const cpu::MomentTables& moment_tables() {
+  static const cpu::MomentTables tables{code_table(moment_maps().first),
+                                        code_table(moment_maps().second)};
+  return tables;
 }
 
 void check(const at::Tensor& tensor, at::ScalarType type, int64_t size, const at::Tensor& on,
@@ -78,7 +113,7 @@ void adamw_8bit(at::TensorList parameters, at::TensorList gradients,
         at::parallel_for(0, static_cast<int64_t>(pieces.size()), 1,
                          [&](int64_t begin, int64_t end) {
                            for (int64_t i = begin; i < end; ++i)
-                             cpu::adamw_8bit(pieces[i], scalars, moment_maps());
+                             cpu::adamw_8bit(pieces[i], scalars, moment_maps(), moment_tables());
                          });
       },
       GRAFT_CUDA([&](Stream stream) {

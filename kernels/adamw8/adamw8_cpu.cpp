@@ -13,16 +13,24 @@ void decode(const ByteMap& map, const uint8_t* codes, float absmax, int64_t coun
 }
 
 /// @return the block's absmax
-float encode(const ByteMap& map, const float* values, int64_t count, uint8_t* codes) {
+float encode(const CodeTable& table, const float* values, int64_t count, uint8_t* codes) {
   const float absmax = largest_magnitude(values, count);
   const float factor = encoding_factor(absmax);
-  for (int64_t i = 0; i < count; ++i) codes[i] = map.code(values[i] * factor);
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = values[i] * factor;
+    const uint32_t bits = bits_of(x), sign = bits >> 31, high = (bits & 0x7fffffffu) >> 16;
+    const uint32_t key =
+        std::min(std::max(high, CodeTable::kLowest) - CodeTable::kLowest, CodeTable::kKeys - 1) +
+        sign * CodeTable::kKeys;
+    codes[i] = static_cast<uint8_t>(table.below[key] + (table.midpoint[key] < x ? 1 : 0));
+  }
   return absmax;
 }
 
 }  // namespace
 
-void adamw_8bit(const AdamW8Piece& piece, const AdamWStep& step, const MomentMaps& maps) {
+void adamw_8bit(const AdamW8Piece& piece, const AdamWStep& step, const MomentMaps& maps,
+                const MomentTables& tables) {
   float m[kBlock], v[kBlock];
   for (int64_t first = 0; first < piece.size; first += kBlock) {
     const int64_t block = first / kBlock, count = std::min(kBlock, piece.size - first);
@@ -30,8 +38,8 @@ void adamw_8bit(const AdamW8Piece& piece, const AdamWStep& step, const MomentMap
     decode(maps.first, piece.first_codes + first, m_absmax, count, m);
     decode(maps.second, piece.second_codes + first, v_absmax, count, v);
     adamw({piece.parameter + first, piece.gradient + first, m, v, count}, step);
-    m_absmax = encode(maps.first, m, count, piece.first_codes + first);
-    v_absmax = encode(maps.second, v, count, piece.second_codes + first);
+    m_absmax = encode(tables.first, m, count, piece.first_codes + first);
+    v_absmax = encode(tables.second, v, count, piece.second_codes + first);
   }
 }
 

@@ -15,7 +15,7 @@ struct ByteMap {
   float thresholds[255];
 
   /// The code of the nearest value, which is how many midpoints lie below x: a tie takes the lower
-  /// value, NaN the first.
+  /// value.
   __host__ __device__ uint8_t code(float x) const {
     int below = 0;
     for (int half = 128; half > 0; half /= 2) {
@@ -27,6 +27,15 @@ struct ByteMap {
 
 struct MomentMaps {
   ByteMap first, second;
+};
+
+/// code() by a look-up, for a CPU: numbers that share sign, exponent and seven bits of the mantissa
+/// have at most one midpoint among them. For |x| <= 1.
+struct CodeTable {
+  static constexpr uint32_t kLowest = 104u << 7;  ///< the key of 2^-23: every midpoint is larger
+  static constexpr uint32_t kKeys = (127u << 7) - kLowest + 1;  ///< up to 1
+  float midpoint[2 * kKeys];                                    ///< infinity: none
+  uint8_t below[2 * kKeys];
 };
 
 /// Blocks of one parameter; their absmax stand side by side.
@@ -47,7 +56,11 @@ __host__ __device__ inline float encoding_factor(float absmax) {
 }
 
 namespace cpu {
-void adamw_8bit(const AdamW8Piece& piece, const AdamWStep& step, const MomentMaps& maps);
+struct MomentTables {
+  CodeTable first, second;
+};
+void adamw_8bit(const AdamW8Piece& piece, const AdamWStep& step, const MomentMaps& maps,
+                const MomentTables& tables);
 }  // namespace cpu
 namespace cuda {
 void adamw_8bit(const AdamW8Piece* pieces, int64_t num_pieces, const AdamWStep& step,
