@@ -111,7 +111,7 @@ def test_graft_loads_what_peft_wrote_and_computes_its_logits(tmp_path, task):
     documents, masks, labels = write_labelled(tmp_path / "rows.h5", task)
     torch.manual_seed(1)
     model = peft.get_peft_model(theirs(task), peft.LoraConfig(
-        task_type={SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}[task], r=4, target_modules="all-linear",
+        task_type={SEQUENCE: "SEQ_CLS", TOKEN: "TOKEN_CLS"}[task], r=4, target_modules=["q_proj", "v_proj", "down_proj"],
         init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path / "theirs")
     logits = logits_of(model, documents)
@@ -247,7 +247,7 @@ def test_generate_refuses_a_classifier(tmp_path):
     assert done.returncode == 2 and "labels, not text" in done.stderr
     causal = write_config(tmp_path / "causal.yaml", path.parent / "rows.h5", f'model.adapters=["{run / "adapter"}"]')
     done = graft("train", causal)
-    assert done.returncode == 3 and "task_type SEQ_CLS" in done.stderr and SEQUENCE in done.stderr
+    assert done.returncode == 2 and "task_type SEQ_CLS" in done.stderr and SEQUENCE in done.stderr
 
 
 def test_two_methods_are_saved_apart_and_peft_loads_each(tmp_path, rows):
