@@ -36,7 +36,8 @@ struct BaseLinear : torch::autograd::Function<BaseLinear> {
     const Tensor& dy = grads[0];
     Tensor dx, dw;
     if (ctx->needs_input_grad(0)) dx = kernels::gemm_linear(dy, saved_weight(ctx).dense().t());
-    if (ctx->needs_input_grad(1)) {
+    // Without a leaf the weight is no input that autograd knows.
+    if (saved_weight(ctx).is_trained() && ctx->needs_input_grad(1)) {
       const Tensor x = ctx->get_saved_variables()[0];
       dw = kernels::gemm(dy.flatten(0, -2).t(), x.flatten(0, -2)).to(at::kFloat);
     }
