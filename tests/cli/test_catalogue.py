@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 import re
 
 import pytest
@@ -33,6 +35,27 @@ def test_a_method_shows_fields_families_and_forms():
     assert lora["fields"]["r"] == {"type": "integer", "minimum": 1, "maximum": 4096, "description": "rank, the inner size", "default": 8}
     assert lora["exports_to"] == ["peft", "safetensors", "gguf", "merged model"]
     assert {"use_rslora", "init_from"} <= lora["fields"].keys() and "init_from" in run("methods", "lora")
+
+
+def test_a_method_shows_what_depends_on_its_choices():
+    lora, dora, prompt = (facts("methods", name) for name in ("lora", "dora", "prompt_tuning"))
+    assert lora["starts_as_base"] is True and lora["storage"] == "R"
+    assert set(lora["not_mergeable_with"]) >= {"lora_bias: true", 'bias: "all"'}
+    assert 'init_lora_weights: "false"' in lora["not_as_base_with"]
+    assert 'init_lora_weights: "gaussian"' not in lora["not_as_base_with"]
+    assert dora["mergeable"] is True
+    assert prompt["mergeable"] is False and prompt["starts_as_base"] is False and "merged model" not in prompt["exports_to"]
+
+
+def test_every_method_fits_a_family_and_is_counted_on_the_quickstarts_shape():
+    names = [m["name"] for m in facts("methods")["methods"]]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        sheets = dict(zip(names, pool.map(lambda name: facts("methods", name), names)))
+    for name, sheet in sheets.items():
+        on = sheet["on_model"]
+        assert sheet["families"] and sheet["storage"] in "RSPN" and sheet["fields"], name
+        assert on["model"].endswith("smollm2_135m.yaml") and on["base_parameters"] == 134_515_008, (name, on)
+        assert (sheet["storage"] == "N") == (on["trained_parameters"] == 0), name
 
 
 def test_a_method_counts_what_it_trains_on_a_model():
