@@ -26,6 +26,8 @@ void ModelConfig::fields(Fields& f) {
   f.require(adapter_names.empty() || adapter_names.size() == adapters.values.size(),
             "adapter_names", "needs one name for each of model.adapters");
   f("active_adapters", active_adapters, "names of those that run; null: all");
+  f("any_base", any_base,
+    "true: adapters and init_from may have been trained on a base with another fingerprint");
 }
 
 void DataConfig::fields(Fields& f) {

@@ -28,6 +28,7 @@ struct ModelConfig {
   std::vector<double> adapter_weights;
   std::vector<std::string> adapter_names;
   std::optional<std::vector<std::string>> active_adapters;
+  bool any_base = false;
 
   void fields(Fields& f);
 };

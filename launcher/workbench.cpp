@@ -201,6 +201,7 @@ Workbench build_workbench(World& world, Run& config, const std::string& resume) 
   check_something_is_quantised(*bench.model, config);
   bench.shard_comm = make_shard_comm(world, config.parallel.shard);
   load_base(bench, config);
+  if (!config.model.any_base) bench.adapters->check_fingerprints([&] { return bench.fingerprint; });
   bench.adapters->initialize(*bench.base_weights());
   return bench;
 }

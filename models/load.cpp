@@ -164,6 +164,17 @@ Tensor stored(const MatchedWeight& item, const Tensor& w, const LoadOptions& opt
   return weight.round_trip(w);
 }
 
+std::string fingerprint(io::TensorSource& source, const std::vector<MatchedWeight>& weights) {
+  std::vector<SourceHash> hashes;
+  for (const MatchedWeight& w : weights) {
+    const std::string& name = w.source->name;
+    const auto four_bit = source.read_four_bit(name);
+    hashes.push_back(
+        {name, four_bit ? hash_of(*four_bit) : hash_of(source.read(name).contiguous())});
+  }
+  return fingerprint(std::move(hashes));
+}
+
 std::string fingerprint(std::vector<SourceHash> hashes) {
   std::sort(hashes.begin(), hashes.end(),
             [](const SourceHash& a, const SourceHash& b) { return a.name < b.name; });

@@ -55,5 +55,7 @@ Tensor stored(const MatchedWeight& item, const Tensor& w, const LoadOptions& opt
 /// One hash for a base, whatever the world size or quantiser: over all tensors in the order of
 /// their names.
 std::string fingerprint(std::vector<SourceHash> hashes);
+/// The same for a base that is not loaded: reads every tensor once.
+std::string fingerprint(io::TensorSource& source, const std::vector<MatchedWeight>& weights);
 
 }  // namespace graft::models

@@ -334,10 +334,21 @@ void Peft::initialize(BaseWeights& base) {
 }
 
 void Peft::check_base_copies(BaseWeights& base) const {
-  for (const Frozen& frozen : frozen_)
-    AdapterFile(frozen.directory).check_base_copies(slots_, base);
-  for (const Trained& part : trained_) {
-    if (!part.init_from.empty()) AdapterFile(part.init_from).check_base_copies(slots_, base);
+  for (const std::string& directory : directories())
+    AdapterFile(directory).check_base_copies(slots_, base);
+}
+
+void Peft::check_fingerprints(const std::function<std::string()>& base) const {
+  std::string this_one;
+  for (const std::string& directory : directories()) {
+    const std::string trained_on = base_fingerprint(directory);
+    if (trained_on.empty()) continue;
+    if (this_one.empty()) this_one = base();
+    GRAFT_CHECK(trained_on == this_one, ExitCode::kData, directory,
+                ": was trained on a base with fingerprint ", trained_on, ", this one has ",
+                this_one,
+                "; name the base it was trained on, or say model.any_base: true (--any-base) if "
+                "this is another form of the same model");
   }
 }
 
@@ -345,7 +356,9 @@ void Peft::check_base_copies(BaseWeights& base) const {
 void Peft::add_penalties() const {
   const at::AutoGradMode with_grad(true);
   std::vector<Tensor> values;
-  for (const Param& param : params_.all()) values.push_back(param.value);
+  for (const Param& param : params_.all()) {
+    if (param.thawed == nullptr) values.push_back(param.value);
+  }
   for (const auto& site : slots_.losses) {
     for (const auto& adapter : site.slot->adapters()) {
       const Tensor penalty = adapter->penalty();
@@ -357,6 +370,15 @@ void Peft::add_penalties() const {
       }
     }
   }
+}
+
+std::vector<std::string> Peft::directories() const {
+  std::vector<std::string> all;
+  for (const Frozen& frozen : frozen_) all.push_back(frozen.directory);
+  for (const Trained& part : trained_) {
+    if (!part.init_from.empty()) all.push_back(part.init_from);
+  }
+  return all;
 }
 
 void Peft::after_reduce(const StepInfo& info) {
@@ -388,6 +410,7 @@ Peft::Saved Peft::save(size_t index, const BaseFacts& base) const {
   saved.config.erase(kOwnEntries);
   facts.update({{"method", part.name}, {"base_fingerprint", base.fingerprint}});
   if (!base.labels.empty()) facts["labels"] = base.labels;
+  if (!base.created_by.empty()) facts["created_by"] = base.created_by;
   saved.metadata = {{"format", "pt"}, {kFactsKey, facts.dump()}};
   for (const Param& param : params_of(part)) {
     if (param.thawed != nullptr) {
@@ -466,6 +489,12 @@ std::shared_ptr<Method> method_of_directory(const std::string& directory, std::s
   throw Error(ExitCode::kData, directory + "/adapter_config.json: peft_type '" + type +
                                    "' is not supported; known: " +
                                    configs::join({known.begin(), known.end()}, ", "));
+}
+
+std::string base_fingerprint(const std::string& directory) {
+  const auto facts = AdapterFile(directory).facts();
+  const auto found = facts.find("base_fingerprint");
+  return found != facts.end() && found->is_string() ? found->get<std::string>() : "";
 }
 
 std::string part_directory(const std::string& directory, size_t index, size_t count) {

@@ -22,6 +22,7 @@ struct BaseFacts {
   std::string fingerprint;
   std::string revision = "";             ///< empty: none was named
   std::vector<std::string> labels = {};  ///< of a classifier, in the order of its head
+  std::string created_by = "";           ///< the program that saves
 };
 
 class Peft {
@@ -66,6 +67,9 @@ class Peft {
   /// Holds the copies of base matrices in the directories attached against the base; initialize()
   /// does. @throws graft::Error (kData), see AdapterFile
   void check_base_copies(BaseWeights& base) const;
+  /// Holds the fingerprints in the directories attached against the base's, which is asked for if
+  /// one has any. @throws graft::Error (kData) for an adapter that was trained on another base
+  void check_fingerprints(const std::function<std::string()>& base) const;
 
   const ParamSet& params() const { return params_; }
   const SlotMap& slots() const { return slots_; }
@@ -119,6 +123,7 @@ class Peft {
   void add_penalties() const;
   void run_active();
   void check_composes(const std::string& method);
+  std::vector<std::string> directories() const;  ///< that adapters came from
   std::vector<Param> params_of(const Trained& part) const;
   std::vector<Constant> constants_of(const Trained& part) const;
 
@@ -138,6 +143,9 @@ class Peft {
 /// @throws graft::Error (kData) for a type that no method here has, or values outside of the
 /// fields' bounds
 std::shared_ptr<Method> method_of_directory(const std::string& directory, std::string& name);
+
+/// Of the base that an adapter was trained on; empty where its files do not say (PEFT's do not).
+std::string base_fingerprint(const std::string& directory);
 
 /// Name of part `index` of `count` inside an adapter directory: "" for a single method, else "0",
 /// "1" ...

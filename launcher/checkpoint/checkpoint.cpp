@@ -13,6 +13,7 @@
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/checkpoint/moments.h"
 #include "launcher/inputs.h"
+#include "launcher/version.h"
 #include "models/io/json_file.h"
 #include "models/io/safetensors.h"
 
@@ -188,8 +189,8 @@ void write_tensors(const std::string& path, const peft::Peft::Saved& saved, cons
 /// Collective where weights are thawed; rank 0 writes.
 void write_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
   const std::string task(models::names_of(bench.model->info().task).peft_type);
-  const peft::BaseFacts base{run.model.name_or_path, task, bench.fingerprint,
-                             run.model.revision.value_or(""), bench.labels};
+  const peft::BaseFacts base{run.model.name_or_path, task,         bench.fingerprint,
+                             run.model.revision.value_or(""), bench.labels, version_text()};
   for (size_t i = 0; i < bench.adapters->num_saved(); ++i) {
     const std::string part = peft::part_directory(directory, i, bench.adapters->num_saved());
     const auto saved = bench.adapters->save(i, base);

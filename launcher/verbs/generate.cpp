@@ -22,6 +22,7 @@ struct GenerateArguments {
   std::string run_dir, model, prompt, prompts, output;
   std::vector<std::string> adapters;
   std::string quantization = "nf4", dtype = "auto";
+  bool any_base = false;
   GenerateOptions options;
 };
 
@@ -45,6 +46,7 @@ Run run_of(const GenerateArguments& arguments) {
     run.model.dtype = arguments.dtype;
   }
   for (const std::string& adapter : arguments.adapters) add_adapter(run.model, adapter);
+  if (arguments.any_base) run.model.any_base = true;
   return run;
 }
 
@@ -143,6 +145,7 @@ void add_generate(CLI::App& app, Command& command) {
   verb->add_option("--adapter", arguments->adapters,
                    "adapter folder, or FOLDER=WEIGHT; may be given more than once")
       ->allow_extra_args(false);
+  verb->add_flag("--any-base", arguments->any_base, kAnyBase);
   verb->add_option("--prompt", arguments->prompt,
                    "a user's message; goes through the model's chat template");
   verb->add_option("--prompts", arguments->prompts, "a file with a prompt a line");

@@ -34,6 +34,10 @@ void add_fuse(CLI::App& app, Command& command);
 void add_completion(CLI::App& app, Command& command);
 void add_env(CLI::App& app, Command& command);
 
+/// Help of the flag that several verbs have.
+inline constexpr const char* kAnyBase =
+    "take adapters that were trained on a base with another fingerprint";
+
 /// CONFIG and `section.key=value ...` of a verb that takes a run file.
 struct RunArguments {
   std::string config;

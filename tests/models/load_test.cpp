@@ -118,6 +118,8 @@ TEST(Load, FingerprintIsOfTheFileAtAnyWorldSizeAndQuantisation) {
     const std::string expected = fingerprint_of(*source, 1, testing::unquantised());
     for (const int world : {2, 3})
       EXPECT_EQ(fingerprint_of(*source, world, testing::unquantised()), expected);
+    const auto model = make_model(tiny_llama());
+    EXPECT_EQ(fingerprint(*source, match_weights(*model, *source)), expected);
     EXPECT_EQ(fingerprint_of(*source, 1, stored_as(Quantization::kNf4, true)), expected);
   }
   for (const Quantization q : {Quantization::kFp4, Quantization::kInt8}) {

@@ -41,7 +41,11 @@ class L2Sp : public Method {
   bool acts_on_others() const override { return true; }
   void attach(AttachContext& context) override {
     std::vector<Tensor> params;
-    for (const Param& param : context.params.all()) params.push_back(param.value);
+    for (const Param& param : context.params.all()) {
+      GRAFT_CHECK(param.thawed == nullptr, "peft: l2_sp cannot hold ", param.name,
+                  ", a tensor of the base that is trained whole; hold an adapter, or decay it");
+      params.push_back(param.value);
+    }
     GRAFT_CHECK(!params.empty(),
                 "peft: l2_sp: holds what methods before it in the list train; there is none");
     penalty_ = std::make_shared<L2SpPenalty>(alpha_, std::move(params));
