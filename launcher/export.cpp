@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -15,6 +17,7 @@
 #include "models/io/json_file.h"
 #include "models/io/open_source.h"
 #include "models/io/safetensors.h"
+#include "models/load.h"
 #include "models/match.h"
 #include "peft/adapter_file.h"
 #include "peft/peft.h"
@@ -26,29 +29,82 @@ namespace fs = std::filesystem;
 using at::Tensor;
 using Json = nlohmann::json;
 
-/// The adapter on its base, as if it were to be trained on: checked against the model, its config
-/// in one form.
+/// A base that is only looked at, with the adapters' claims on it held against it.
+class Base {
+ public:
+  explicit Base(const std::string& path) : path_(path) {}
+  std::unique_ptr<models::Model> make_model() const {
+    return models::make_model(models::read_base_config(path_));
+  }
+  /// Opens the weights.
+  peft::BaseWeights& weights(models::Model& model) {
+    source_ = models::io::open_source(path_);
+    matched_ = models::match_weights(model, *source_);
+    weights_.emplace(matched_, *source_, model.info().head_dim);
+    return *weights_;
+  }
+  std::string fingerprint() { return models::fingerprint(*source_, matched_); }
+
+ private:
+  std::string path_;
+  std::unique_ptr<models::io::TensorSource> source_;
+  std::vector<models::MatchedWeight> matched_;
+  std::optional<SourceWeights> weights_;
+};
+
+/// Adapters on their base, as if they were to be trained on.
 struct Adapted {
   std::unique_ptr<models::Model> model;
   std::unique_ptr<peft::Peft> adapters;
-  peft::Peft::Saved saved;
+  peft::Peft::Saved saved;           ///< checked against the model, its config in one form
+  std::optional<LoraReport> report;  ///< of a conversion
 };
 
 Adapted put_on_model(const ExportOptions& options) {
+  Base base(options.model);
   Adapted a;
-  a.model = models::make_model(models::read_base_config(options.model));
+  a.model = base.make_model();
   a.adapters = std::make_unique<peft::Peft>(*a.model, at::kCPU, 0);
-  std::vector<peft::MethodEntry> entries{{"", nullptr, options.adapter}};
-  a.adapters->attach(entries);
-  a.adapters->load(options.adapter);
+  const std::string& directory = options.adapters.front();
+  peft::MethodEntry entry{"", nullptr, directory};
+  a.adapters->attach(entry);
+  a.adapters->load(directory);
   a.saved = a.adapters->save(0, {});
-  if (peft::AdapterFile(options.adapter).has_base_copies()) {
-    const auto source = models::io::open_source(options.model);
-    const auto weights = models::match_weights(*a.model, *source);
-    SourceWeights base(weights, *source);
-    a.adapters->check_base_copies(base);
+  const peft::AdapterFile file(directory);
+  const bool has_print = !options.any_base && !peft::base_fingerprint(directory).empty();
+  if (has_print || file.has_base_copies()) {
+    a.adapters->check_base_copies(base.weights(*a.model));
+    if (has_print) a.adapters->check_fingerprints([&] { return base.fingerprint(); });
   }
   return a;
+}
+
+/// What the first adapter says of its base, for the one that takes its place.
+peft::BaseFacts base_facts(const std::string& directory) {
+  const auto adapter = peft::read_saved_adapter(directory);
+  const auto text = [&](const char* key) {
+    const auto found = adapter.config.find(key);
+    return found != adapter.config.end() && found->is_string() ? found->get<std::string>() : "";
+  };
+  const std::string task = text("task_type");
+  return {text("base_model_name_or_path"), task.empty() ? "CAUSAL_LM" : task, "", text("revision")};
+}
+
+Adapted put_on_as_lora(const ExportOptions& options) {
+  Base base(options.model);
+  const auto model = base.make_model();
+  peft::Peft stack(*model, at::kCPU, 0);
+  std::vector<std::string> parts;
+  for (const std::string& directory : options.adapters) {
+    for (const std::string& part : adapter_parts(directory)) parts.push_back(part);
+  }
+  for (const std::string& part : parts) stack.attach_frozen(part);
+  peft::BaseWeights& weights = base.weights(*model);
+  if (!options.any_base) stack.check_fingerprints([&] { return base.fingerprint(); });
+  stack.initialize(weights);
+  auto [lora_model, lora, report] = as_lora(stack, weights, base.make_model(), options.rank);
+  auto saved = lora->save(0, base_facts(parts.front()));
+  return {std::move(lora_model), std::move(lora), std::move(saved), report};
 }
 
 enum class BaseCopies { kKeep, kDrop };
@@ -78,8 +134,7 @@ double scale_of(const Json& config, const std::string& module, int64_t rank) {
                                                       : static_cast<double>(rank));
 }
 
-void export_gguf(const ExportOptions& options) {
-  const Adapted a = put_on_model(options);
+void export_gguf(const Adapted& a, const std::string& path) {
   const Json& config = a.saved.config;
   GRAFT_CHECK(config.at("peft_type") == "LORA",
               "export: llama.cpp holds LoRA adapters; this one is ", config.at("peft_type").dump());
@@ -114,7 +169,7 @@ void export_gguf(const ExportOptions& options) {
               left.begin()->first);
   const std::string arch =
       info.model_type == "mistral" ? "llama" : info.model_type;  // llama.cpp's name for it
-  models::io::write_gguf(options.output,
+  models::io::write_gguf(path,
                          {{"general.architecture", arch},
                           {"general.type", std::string("adapter")},
                           {"adapter.type", std::string("lora")},
@@ -124,28 +179,43 @@ void export_gguf(const ExportOptions& options) {
 
 }  // namespace
 
-void export_adapter(const ExportOptions& options) {
+std::optional<LoraReport> export_adapter(const ExportOptions& options) {
   GRAFT_CHECK(!fs::exists(options.output), "export: ", options.output,
               " exists; nothing is overwritten");
-  GRAFT_CHECK(options.to != "gguf" || !options.model.empty(),
+  const bool converts = options.as == "lora", gguf = options.to == "gguf";
+  GRAFT_CHECK(!gguf || !options.model.empty(),
               "export: --to gguf needs --model: names and the order of rows come from the base");
-  const auto parts = adapter_parts(options.adapter);
-  GRAFT_CHECK(parts.front() == options.adapter, "export: ", options.adapter, " holds ",
-              parts.size(), " adapters; export one of them, such as ", parts.front());
+  GRAFT_CHECK(!converts || !options.model.empty(),
+              "export: --as lora needs --model, the base that the adapter changes");
+  GRAFT_CHECK(converts || options.rank == 0, "export: --rank is that of --as lora");
   const at::NoGradGuard no_grad;
-  if (options.to == "gguf") return export_gguf(options);
-  const bool checked = !options.model.empty();
-  if (checked) put_on_model(options);
+  if (!converts) {
+    const auto parts = adapter_parts(options.adapters.front());
+    GRAFT_CHECK(options.adapters.size() == 1 && parts.front() == options.adapters.front(),
+                "export: ", std::max(parts.size(), options.adapters.size()),
+                " adapters; export one of them, such as ", parts.front(),
+                ", or all as one with --as lora");
+  }
+  Adapted a;
+  if (!options.model.empty()) a = converts ? put_on_as_lora(options) : put_on_model(options);
+  if (gguf) {
+    export_gguf(a, options.output);
+    return a.report;
+  }
   const peft::Peft::Saved saved =
-      read_adapter(options.adapter, checked ? BaseCopies::kDrop : BaseCopies::kKeep);
+      converts ? std::move(a.saved)
+               : read_adapter(options.adapters.front(),
+                              options.model.empty() ? BaseCopies::kKeep : BaseCopies::kDrop);
   if (options.to == "safetensors") {
-    return models::io::write_safetensors(
-        options.output, saved.tensors, {{"format", "pt"}, {"adapter_config", saved.config.dump()}});
+    models::io::write_safetensors(options.output, saved.tensors,
+                                  {{"format", "pt"}, {"adapter_config", saved.config.dump()}});
+    return a.report;
   }
   fs::create_directories(options.output);
   models::io::write_safetensors(options.output + "/adapter_model.safetensors", saved.tensors,
                                 {{"format", "pt"}});
   write_text(options.output + "/adapter_config.json", saved.config.dump(2) + "\n");
+  return a.report;
 }
 
 }  // namespace graft::launcher

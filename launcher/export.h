@@ -2,15 +2,22 @@
 // llama.cpp's GGUF adapter.
 #pragma once
 
+#include <optional>
 #include <string>
+#include <vector>
+
+#include "launcher/as_lora.h"
 
 namespace graft::launcher {
 
 struct ExportOptions {
-  std::string adapter;  ///< adapter folder
-  std::string model;   ///< its base; needed for gguf, otherwise the adapter is only held against it
+  std::vector<std::string> adapters;  ///< folders; several only where they become one LoRA
+  std::string model;   ///< its base; needed for gguf and `as`, otherwise only held against it
   std::string output;  ///< must not exist
   std::string to;      ///< peft | safetensors | gguf
+  std::string as;  ///< lora: adapters of any mergeable type, or a stack, as one LoRA; empty: as is
+  int64_t rank = 0;       ///< of that LoRA; 0: as many as the changes have
+  bool any_base = false;  ///< the adapter may have been trained on a base with another fingerprint
 };
 
 /// peft: adapter_config.json and adapter_model.safetensors with nothing in them that is ours alone.
@@ -18,8 +25,9 @@ struct ExportOptions {
 /// a model is given and they are its own; without one they stay. safetensors: PEFT's keys, the
 /// config as text in the metadata entry `adapter_config`. gguf: llama.cpp's LoRA adapter, float32.
 /// One alpha for the file: rsLoRA and other alphas of single layers go into B.
+/// @return what came of a conversion; nothing without one
 /// @throws graft::Error: kUsage for what the format cannot hold; kData for files that do not
 /// fit, and for copies of another base's matrices
-void export_adapter(const ExportOptions& options);
+std::optional<LoraReport> export_adapter(const ExportOptions& options);
 
 }  // namespace graft::launcher

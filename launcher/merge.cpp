@@ -9,15 +9,20 @@
 #include <span>
 
 #include "configs/check.h"
+#include "kernels/nf4/code_books.h"
+#include "kernels/nf4/nf4.h"
+#include "launcher/as_lora.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/source_weights.h"
 #include "launcher/tokenizer_pipe.h"
 #include "models/base.h"
+#include "models/io/bitsandbytes.h"
 #include "models/io/gguf_source.h"
 #include "models/io/open_source.h"
 #include "models/io/safetensors.h"
+#include "models/load.h"
 #include "models/match.h"
 #include "peft/peft.h"
 
@@ -46,12 +51,21 @@ struct Planned {
   std::string name;  ///< Hugging Face's
   at::ScalarType dtype;
   const models::MatchedWeight* from;
-  const AdapterSlot* slot;                   ///< with adapters, or null
+  const AdapterSlot* slot;  ///< with adapters, or null
+  bool four_bit;
   std::function<Tensor()> replacement = {};  ///< gives the tensor that takes the base's place
 
   int64_t bytes() const {
-    return from->weight->numel() * static_cast<int64_t>(c10::elementSize(dtype));
+    const int64_t n = from->weight->numel();
+    return four_bit ? n / 2 + n / kernels::kBlockElems * int64_t{sizeof(float)}
+                    : n * static_cast<int64_t>(c10::elementSize(dtype));
   }
+};
+
+/// A tensor as it is written, and what a reader rebuilds from it.
+struct Stored {
+  models::io::NamedTensors tensors;
+  Tensor value;
 };
 
 const char* dtype_name(at::ScalarType dtype) {
@@ -65,36 +79,15 @@ at::ScalarType output_dtype(const std::string& option, const std::string& stored
   return at::kFloat;
 }
 
-/// Where each adapted matrix's adapters are. Nothing else may be adapted.
-std::map<std::string, const AdapterSlot*> adapted_slots(const peft::SlotMap& slots) {
-  const auto refuse = [](const auto& sites) {
-    for (const auto& site : sites) {
-      GRAFT_CHECK(site.slot->empty(), "merge: an adapter acts at ", site.name,
-                  ", which is no matrix; only changes of matrices can be merged");
-    }
-  };
-  refuse(slots.sublayers), refuse(slots.attentions), refuse(slots.sequences);
-  refuse(slots.tensors), refuse(slots.carries), refuse(slots.losses);
-  std::map<std::string, const AdapterSlot*> adapted;
-  for (const auto* sites : {&slots.linears, &slots.gains}) {
-    for (const peft::LinearSite& site : *sites) {
-      for (const auto& adapter : site.slot->adapters()) {
-        GRAFT_CHECK(adapter->mergeable(), "merge: the adapter at ", site.name,
-                    " is not a change of its matrix alone (a bias, say) and cannot be merged");
-      }
-      if (!site.slot->empty()) adapted[site.name + ".weight"] = site.slot;
-    }
-  }
-  return adapted;
-}
-
 /// The tensors to write, in the model's order.
 std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
                           const peft::Peft& adapters, const models::ModelInfo& info,
-                          const std::string& dtype) {
+                          const MergeOptions& options) {
   const peft::SlotMap& slots = adapters.slots();
-  auto adapted = adapted_slots(slots);
   auto replaced = adapters.replaced_weights();
+  std::map<std::string, const AdapterSlot*> adapted;
+  for (const peft::LinearSite* site : changed_matrices(slots, "merge"))
+    adapted[site->name + ".weight"] = site->slot;
   GRAFT_CHECK(!adapted.empty() || !replaced.empty(), ExitCode::kData,
               "merge: the adapters change no matrix");
   const bool untie =
@@ -104,14 +97,16 @@ std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
   };
   std::vector<Planned> planned;
   for (const models::MatchedWeight& w : weights) {
-    const at::ScalarType type = output_dtype(dtype, w.source->dtype);
+    const at::ScalarType type = output_dtype(options.dtype, w.source->dtype);
+    const bool four_bit =
+        options.quantization != "none" && w.weight->use() == models::WeightUse::kMatrix;
     planned.push_back(
-        {slots.names->to_hf(w.name)->name, type, &w, slot_of(w.name), replaced[w.name]});
+        {slots.names->to_hf(w.name)->name, type, &w, slot_of(w.name), four_bit, replaced[w.name]});
     // The head reads the untouched table: once the embedding differs from it, or the head does,
     // there are two.
     if (untie && w.name == "embed.weight") {
       planned.push_back({slots.names->to_hf("head.weight")->name, type, &w, slot_of("head.weight"),
-                         replaced[w.name]});
+                         false, replaced[w.name]});
     }
   }
   return planned;
@@ -119,24 +114,34 @@ std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
 
 double energy(const Tensor& t) { return t.to(at::kDouble).square().sum().item<double>(); }
 
+Stored store(const Planned& item, const Tensor& dense, const MergeOptions& options) {
+  const Tensor rounded = dense.to(item.dtype);
+  GRAFT_CHECK(at::isfinite(rounded).all().item<bool>(), ExitCode::kNumerics, "merge: ", item.name,
+              " holds numbers that ", dtype_name(item.dtype),
+              " cannot; use --dtype float32 or bfloat16");
+  if (!item.four_bit) return {{{item.name, rounded}}, rounded.to(at::kFloat)};
+  const auto codes = kernels::quantize(
+      item.dtype == at::kHalf ? rounded.to(at::kFloat) : rounded,
+      options.quantization == "nf4" ? kernels::FourBitType::kNf4 : kernels::FourBitType::kFp4,
+      options.double_quantization ? kernels::Scales::kNested : kernels::Scales::kPlain);
+  Tensor value = at::empty(dense.sizes(), at::kFloat);
+  kernels::dequantize(codes, value);
+  return {models::io::four_bit_tensors(item.name, codes, dense.sizes(), item.dtype), value};
+}
+
 /// Reads, merges and rounds one tensor.
-Tensor merged_tensor(const Planned& item, models::io::TensorSource& source, int64_t head_dim,
+Stored merged_tensor(const Planned& item, SourceWeights& source, const MergeOptions& options,
                      MergeReport& report) {
-  Tensor stored = source.read(item.from->source->name);
-  if (item.from->transform != models::Transform::kIdentity)
-    stored = models::rope_rows_from_gguf(stored, head_dim);
-  if (item.slot == nullptr && !item.replacement) return stored.to(item.dtype);
+  const Tensor stored = source.read(*item.from);
+  if (item.slot == nullptr && !item.replacement) return store(item, stored, options);
   const Tensor base = stored.to(at::kFloat);
   Tensor merged = item.replacement ? item.replacement().to(at::kFloat) : base;
   if (item.slot != nullptr) {
     for (const auto& adapter : item.slot->adapters()) merged = adapter->merged(merged);
   }
-  Tensor written = merged.to(item.dtype);
-  GRAFT_CHECK(at::isfinite(written).all().item<bool>(), ExitCode::kNumerics, "merge: ", item.name,
-              " holds numbers that ", dtype_name(item.dtype),
-              " cannot; use --dtype float32 or bfloat16");
+  Stored written = store(item, merged, options);
   const Tensor change = merged - base;
-  const Tensor kept = written.to(at::kFloat) - base.to(item.dtype).to(at::kFloat);
+  const Tensor kept = written.value - store(item, base, options).value;
   report.tensors.push_back({item.name, energy(change), energy(kept - change)});
   return written;
 }
@@ -161,9 +166,23 @@ std::string file_name(size_t index, size_t count) {
   return name;
 }
 
+/// As transformers writes it for what bitsandbytes has quantised; the head and the embedding are
+/// not.
+Json four_bit_config(const MergeOptions& options, const char* dtype) {
+  return {{"quant_method", "bitsandbytes"},
+          {"load_in_4bit", true},
+          {"load_in_8bit", false},
+          {"bnb_4bit_quant_type", options.quantization},
+          {"bnb_4bit_use_double_quant", options.double_quantization},
+          {"bnb_4bit_compute_dtype", dtype},
+          {"bnb_4bit_quant_storage", "uint8"},
+          {"llm_int8_skip_modules", {"lm_head"}}};
+}
+
 /// The base's config.json for the merged weights.
-Json merged_config(const std::string& model, const models::ModelInfo& info,
+Json merged_config(const MergeOptions& options, const models::ModelInfo& info,
                    const std::vector<Planned>& planned) {
+  const std::string& model = options.model;
   Json config = models::read_base_config(model);
   config.erase("quantization_config");
   std::map<at::ScalarType, int64_t> bytes;
@@ -174,6 +193,8 @@ Json merged_config(const std::string& model, const models::ModelInfo& info,
                       : most->first == at::kHalf   ? "float16"
                                                    : "float32";
   config[config.contains("dtype") ? "dtype" : "torch_dtype"] = dtype;  // transformers 5 and 4
+  if (options.quantization != "none")
+    config["quantization_config"] = four_bit_config(options, dtype);
   const std::string head = "lm_head.weight";
   if (std::any_of(planned.begin(), planned.end(),
                   [&](const Planned& item) { return item.name == head; })) {
@@ -250,7 +271,7 @@ class PartialFolder {
 
 /// Writes one safetensors file, a tensor at a time.
 void write_file(const std::string& path, const std::vector<Planned>& items,
-                const std::function<Tensor(const Planned&)>& read) {
+                const std::function<Stored(const Planned&)>& read) {
   std::vector<models::io::SafetensorsEntry> entries;
   std::map<std::string, const Planned*> by_name;
   for (const Planned& item : items) {
@@ -261,10 +282,27 @@ void write_file(const std::string& path, const std::vector<Planned>& items,
   models::io::write_file(path, [&](const models::io::ByteSink& sink) {
     sink(std::as_bytes(std::span(head)));
     for (const auto& entry : entries) {
-      const Tensor t = read(*by_name.at(entry.name)).contiguous();
+      const Tensor t = read(*by_name.at(entry.name)).tensors.front().second.contiguous();
       sink({static_cast<const std::byte*>(t.const_data_ptr()), t.nbytes()});
     }
   });
+}
+
+/// The same with 4-bit matrices, whose tensors lie apart in a file: they are made before it is
+/// written. @return the names of all tensors
+std::vector<std::string> write_four_bit_file(const std::string& path,
+                                             const std::vector<Planned>& items,
+                                             const std::function<Stored(const Planned&)>& read) {
+  models::io::NamedTensors tensors;
+  std::vector<std::string> names;
+  for (const Planned& item : items) {
+    for (auto& named : read(item).tensors) {
+      names.push_back(named.first);
+      tensors.push_back(std::move(named));
+    }
+  }
+  models::io::write_safetensors(path, tensors, {{"format", "pt"}});
+  return names;
 }
 
 }  // namespace
@@ -280,9 +318,11 @@ MergeReport merge(const MergeOptions& options) {
   }
   const auto source = models::io::open_source(options.model);
   const auto weights = models::match_weights(*model, *source);
-  SourceWeights base(weights, *source);
-  adapters.check_base_copies(base);
-  const auto planned = plan(weights, adapters, model->info(), options.dtype);
+  SourceWeights base(weights, *source, model->info().head_dim);
+  if (!options.any_base)
+    adapters.check_fingerprints([&] { return models::fingerprint(*source, weights); });
+  adapters.initialize(base);
+  const auto planned = plan(weights, adapters, model->info(), options);
 
   PartialFolder folder(options.output);
   MergeReport report;
@@ -290,7 +330,7 @@ MergeReport merge(const MergeOptions& options) {
   for (const Planned& item : planned) total += item.bytes();
   Progress progress("merging into " + source->describe());
   const auto read = [&](const Planned& item) {
-    Tensor t = merged_tensor(item, *source, model->info().head_dim, report);
+    Stored t = merged_tensor(item, base, options, report);
     progress.update(report.bytes += item.bytes(), total);
     return t;
   };
@@ -298,8 +338,15 @@ MergeReport merge(const MergeOptions& options) {
   const auto files = cut(planned, options.max_file_bytes);
   for (size_t i = 0; i < files.size(); ++i) {
     const std::string name = file_name(i, files.size());
-    write_file(folder.path() + "/" + name, files[i], read);
-    for (const Planned& item : files[i]) weight_map[item.name] = name;
+    const std::string path = folder.path() + "/" + name;
+    std::vector<std::string> names;
+    if (options.quantization == "none") {
+      write_file(path, files[i], read);
+      for (const Planned& item : files[i]) names.push_back(item.name);
+    } else {
+      names = write_four_bit_file(path, files[i], read);
+    }
+    for (const std::string& tensor : names) weight_map[tensor] = name;
   }
   progress.finish();
   if (files.size() > 1) {
@@ -308,7 +355,7 @@ MergeReport merge(const MergeOptions& options) {
         Json{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}.dump(2) + "\n");
   }
   write_text(folder.path() + "/config.json",
-             merged_config(options.model, model->info(), planned).dump(2) + "\n");
+             merged_config(options, model->info(), planned).dump(2) + "\n");
   report.without_tokenizer = write_tokenizer(options.model, folder.path());
   report.num_files = static_cast<int64_t>(files.size());
   report.total.name = "all";

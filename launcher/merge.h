@@ -1,5 +1,5 @@
-// Merging: adapters into the matrices of an unquantised base, one tensor at a time, written as a
-// Hugging Face folder.
+// Merging: adapters into the matrices of a base, one tensor at a time, written as a Hugging Face
+// folder, unquantised or in bitsandbytes' four bits.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,14 @@ struct MergeOptions {
   std::string output;                 ///< a folder that does not exist or is empty
   std::string dtype =
       "auto";  ///< auto: each tensor's own, float32 for one that the file holds quantised
-  int64_t max_file_bytes = 5'000'000'000;
+  std::string quantization = "none";  ///< of the blocks' matrices in the output: none | nf4 | fp4
+  bool double_quantization = true;    ///< of its scales
+  bool any_base = false;  ///< adapters may have been trained on a base with another fingerprint
+  int64_t max_file_bytes = 5'000'000'000;  ///< with 4-bit matrices as much is held in memory
 };
 
-/// What rounding to the output dtype leaves of one tensor's change. With W the base, D the change
-/// and r() the rounding: change = |D|^2, lost = |(r(W + D) - r(W)) - D|^2.
+/// What rounding to the output dtype, and to four bits, leaves of one tensor's change. With W the
+/// base, D the change and r() the rounding: change = |D|^2, lost = |(r(W + D) - r(W)) - D|^2.
 struct Survival {
   std::string name;
   double change = 0, lost = 0;

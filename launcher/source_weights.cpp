@@ -4,20 +4,28 @@
 
 #include <algorithm>
 
-#include "configs/check.h"
-
 namespace graft::launcher {
 
 at::Tensor SourceWeights::weight(const peft::LinearSite& site) {
-  const auto named = [&](const std::string& name) {
-    return std::find_if(weights_.begin(), weights_.end(),
-                        [&](const auto& weight) { return weight.name == name; });
-  };
-  const auto own = named(site.name + ".weight");  // a tied head has none
-  const auto found = own == weights_.end() ? named("embed.weight") : own;
-  return source_.read(found->source->name).to(at::kFloat);
+  const auto* own = find(site.name + ".weight");  // a tied head has none
+  return read(*(own == nullptr ? find("embed.weight") : own)).to(at::kFloat);
 }
 
-at::Tensor SourceWeights::bias(const peft::LinearSite& site) { GRAFT_ASSERT(false, site.name); }
+at::Tensor SourceWeights::bias(const peft::LinearSite& site) {
+  return read(*find(site.name + ".bias")).to(at::kFloat);
+}
+
+at::Tensor SourceWeights::read(const models::MatchedWeight& weight) {
+  const at::Tensor stored = source_.read(weight.source->name);
+  return weight.transform == models::Transform::kIdentity
+             ? stored
+             : models::rope_rows_from_gguf(stored, head_dim_);
+}
+
+const models::MatchedWeight* SourceWeights::find(const std::string& name) const {
+  const auto found = std::find_if(weights_.begin(), weights_.end(),
+                                  [&](const auto& weight) { return weight.name == name; });
+  return found == weights_.end() ? nullptr : &*found;
+}
 
 }  // namespace graft::launcher

@@ -9,18 +9,23 @@
 
 namespace graft::launcher {
 
-/// Embedding and head as the model's file has them: what PEFT keeps copies of. Holds references to
-/// both arguments.
+/// Unquantised, or as a 4-bit file's codes say. Holds references to the first two arguments.
 class SourceWeights : public peft::BaseWeights {
  public:
-  SourceWeights(const std::vector<models::MatchedWeight>& weights, models::io::TensorSource& source)
-      : weights_(weights), source_(source) {}
+  SourceWeights(const std::vector<models::MatchedWeight>& weights, models::io::TensorSource& source,
+                int64_t head_dim)
+      : weights_(weights), source_(source), head_dim_(head_dim) {}
   at::Tensor weight(const peft::LinearSite& site) override;
-  at::Tensor bias(const peft::LinearSite& site) override;  ///< a bug: neither has one
+  at::Tensor bias(const peft::LinearSite& site) override;
+  /// As the file has it, in the order of rows that the model wants.
+  at::Tensor read(const models::MatchedWeight& weight);
 
  private:
+  const models::MatchedWeight* find(const std::string& name) const;
+
   const std::vector<models::MatchedWeight>& weights_;
   models::io::TensorSource& source_;
+  int64_t head_dim_;
 };
 
 }  // namespace graft::launcher

@@ -59,7 +59,7 @@ bool ParamSet::has_thawed() const {
 
 void ParamSet::bind_thawed() {
   for (Param& p : params_) {
-    if (p.thawed != nullptr) p.value = p.thawed->master();
+    if (p.thawed != nullptr && p.thawed->is_loaded()) p.value = p.thawed->master();
   }
 }
 

@@ -21,8 +21,8 @@ int run_merge(const MergeOptions& options) {
   std::printf("survives rounding: %.4f %% of the change, %zu tensors\n", 100 * report.total.share(),
               report.tensors.size());
   if (report.total.share() < 0.5) {
-    std::printf(
-        "  rounding errors are about as large as the change itself; --dtype float32 avoids them\n");
+    std::printf("  rounding errors are about as large as the change itself; %s avoids them\n",
+                options.quantization == "none" ? "--dtype float32" : "--quantization none");
   }
   constexpr size_t kWorst = 3;
   std::sort(report.tensors.begin(), report.tensors.end(),
@@ -49,6 +49,13 @@ void add_merge(CLI::App& app, Command& command) {
                    "auto: as stored, float32 where the base is quantised")
       ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
       ->capture_default_str();
+  verb->add_option("--quantization", options->quantization,
+                   "of the output's blocks: nf4 or fp4 as bitsandbytes writes them")
+      ->check(CLI::IsMember({"none", "nf4", "fp4"}))
+      ->capture_default_str();
+  verb->add_flag("!--no-double-quantization", options->double_quantization,
+                 "scales of 4-bit blocks in float32");
+  verb->add_flag("--any-base", options->any_base, kAnyBase);
   verb->add_option("--max-file-bytes", options->max_file_bytes,
                    "a larger model is cut into several files")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 50, "BYTES"))
@@ -56,7 +63,7 @@ void add_merge(CLI::App& app, Command& command) {
   verb->footer(
       "Examples:\n  graft merge --model models/llama --adapter runs/quickstart/adapter --output "
       "models/merged\n"
-      "  graft merge --model m.gguf --adapter a b --output merged --dtype bfloat16");
+      "  graft merge --model m.gguf --adapter a b --output merged --quantization nf4");
   verb->callback([options, &command] { command.run = [options] { return run_merge(*options); }; });
 }
 

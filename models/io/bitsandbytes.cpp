@@ -141,6 +141,36 @@ FourBit read_four_bit_matrix(const std::string& name, const QuantState& state,
   return matrix;
 }
 
+std::vector<std::pair<std::string, at::Tensor>> four_bit_tensors(const std::string& name,
+                                                                 const kernels::FourBitCodes& codes,
+                                                                 at::IntArrayRef shape,
+                                                                 at::ScalarType dtype) {
+  const bool nf4 = codes.type == kernels::FourBitType::kNf4;
+  const std::string type = nf4 ? "nf4" : "fp4";
+  json state{{"quant_type", type},
+             {"blocksize", kernels::kBlockElems},
+             {"dtype", dtype == at::kBFloat16 ? "bfloat16"
+                       : dtype == at::kHalf   ? "float16"
+                                              : "float32"},
+             {"shape", shape.vec()}};
+  const auto& values = nf4 ? kernels::kNf4Book.values : kernels::kFp4Book.values;
+  std::vector<std::pair<std::string, at::Tensor>> tensors = {
+      {name, codes.codes.view({-1, 1})},
+      {name + ".absmax", codes.absmax},
+      {name + ".quant_map", at::tensor(at::ArrayRef<float>(values))}};
+  if (codes.nested_absmax.defined()) {
+    state.update({{"nested_blocksize", kernels::kNestedBlockElems},
+                  {"nested_dtype", "float32"},
+                  {"nested_offset", codes.nested_offset}});
+    tensors.emplace_back(name + ".nested_absmax", codes.nested_absmax);
+    tensors.emplace_back(name + ".nested_quant_map", kernels::dynamic_map());
+  }
+  const std::string text = state.dump();
+  const std::vector<uint8_t> bytes(text.begin(), text.end());
+  tensors.emplace_back(name + std::string(kStateMark) + type, at::tensor(bytes, at::kByte));
+  return tensors;
+}
+
 at::Tensor dequantize(const FourBit& matrix, at::ScalarType dtype) {
   at::Tensor dense = at::empty(matrix.shape, dtype);
   kernels::dequantize({kernel_type(matrix.quant_type), matrix.codes, matrix.absmax,

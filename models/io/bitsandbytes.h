@@ -9,8 +9,10 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "kernels/nf4/nf4.h"
 #include "models/io/source.h"
 
 namespace graft::models::io {
@@ -42,6 +44,14 @@ std::vector<std::string> four_bit_parts(const std::string& name, const QuantStat
 FourBit read_four_bit_matrix(const std::string& name, const QuantState& state,
                              const std::string& where,
                              const std::function<at::Tensor(const std::string&)>& read_part);
+
+/// A matrix as the tensors of a file, in the form that transformers reads.
+/// @param shape  [out, in]
+/// @param dtype  of the matrix before it was quantised
+std::vector<std::pair<std::string, at::Tensor>> four_bit_tensors(const std::string& name,
+                                                                 const kernels::FourBitCodes& codes,
+                                                                 at::IntArrayRef shape,
+                                                                 at::ScalarType dtype);
 
 /// The dense matrix, computed in float32. @return [out, in] in `dtype`
 at::Tensor dequantize(const FourBit& matrix, at::ScalarType dtype);

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
 import transformers
-from graft_cli import ORACLE
+from graft_cli import ORACLE, ROOT
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
-from tiny_base import LORA, VOCABULARY, WIDTH, config, factors, run, write_adapter, write_gguf, write_model
+from tiny_base import LORA, VOCABULARY, WIDTH, config, facts, factors, run, write_adapter, write_gguf, write_model
+
+sys.path.insert(0, str(ROOT / "tests/oracle"))
+import peft_methods  # noqa: E402
 
 
 def merged_by_numpy(model, adapter):
@@ -113,6 +118,57 @@ def test_transformers_computes_the_same_with_merged_weights_as_peft_with_the_ada
         logits = merged(oracle["input_ids"]).logits
     assert (logits - oracle["adapter_logits"]).abs().max() < 1e-4
     assert (oracle["logits"] - oracle["adapter_logits"]).abs().max() > 1e-2
+
+
+def codes_by_bitsandbytes(dense, kind, nested):
+    codes, state = bitsandbytes.functional.quantize_4bit(dense, blocksize=64, quant_type=kind, compress_statistics=nested)
+    parts = {"": codes} | {f".{key}": value for key, value in state.as_dict(packed=True).items()}
+    return parts, bitsandbytes.functional.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("kind, nested", [("nf4", True), ("fp4", False)])
+def test_a_merge_into_four_bits_is_bitsandbytes_own_and_loads_in_transformers(kind, nested, tmp_path):
+    case, out = ORACLE / "llama_nf4", tmp_path / "out"  # widths in whole blocks of 64
+    base = ["merge", "--model", case / "model", "--adapter", case / "adapter"]
+    run(*base, "--output", tmp_path / "dense", "--dtype", "float32")
+    said = run(*base, "--output", out, "--quantization", kind, "--dtype", "float32", *([] if nested else ["--no-double-quantization"]))
+    dense, found = load_torch(tmp_path / "dense/model.safetensors"), load_torch(out / "model.safetensors")
+    before = transformers.AutoModelForCausalLM.from_pretrained(case / "model").dequantize().state_dict()
+    lost = change = 0.0
+    rebuilt = {}
+    for name, value in dense.items():
+        if "_proj" not in name:
+            assert torch.equal(found.pop(name), value)
+            continue
+        parts, rebuilt[name] = codes_by_bitsandbytes(value, kind, nested)
+        for suffix, expected in parts.items():
+            part = found.pop(name + suffix)
+            if "quant_state" in suffix:
+                assert json.loads(bytes(part)) == json.loads(bytes(expected))
+            else:
+                assert torch.equal(part.view(torch.uint8), expected.contiguous().view(torch.uint8)), name + suffix
+        delta = (value - before[name].float()).double()
+        kept = (rebuilt[name] - codes_by_bitsandbytes(before[name].float(), kind, nested)[1]).double()
+        lost, change = lost + ((kept - delta) ** 2).sum() * bool(delta.abs().max() > 1e-6), change + (delta ** 2).sum()
+    assert not found
+    share = float(re.search(r"survives rounding: ([\d.]+) %", said)[1])
+    assert share == pytest.approx(100 * max(0.0, 1 - float(lost / change)), abs=0.1) and share < 100
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.quantization_config.bnb_4bit_quant_type == kind
+    loaded = model.dequantize().state_dict()
+    assert rebuilt and all(torch.equal(loaded[name].float(), value) for name, value in rebuilt.items())
+    assert facts("inspect", out)["health"] == "tensors and config agree"
+
+
+def test_a_merge_takes_what_an_adapter_has_from_the_base(tmp_path):
+    """PSOFT turns singular directions of the base, which its file does not hold."""
+    case, adapter = ORACLE / "qwen2", ORACLE / "peft_methods/psoft"
+    run("merge", "--model", case / "model", "--adapter", adapter, "--output", tmp_path / "out")
+    oracle = load_torch(adapter / "oracle.safetensors")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = merged(input_ids=peft_methods.rows_and_labels()[0]).logits
+    assert (logits - oracle["logits"]).abs().max() < 1e-4 * oracle["logits"].abs().max()
 
 
 def test_merging_into_a_tied_head_unties_it(tmp_path):
