@@ -100,7 +100,6 @@ std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots
       if (!site.slot->empty()) changed.push_back(&site);
     }
   }
-  GRAFT_CHECK(!changed.empty(), ExitCode::kData, verb, ": the adapters change no matrix");
   return changed;
 }
 
@@ -113,7 +112,9 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
   double all = 0, lost = 0;
   int64_t lora_elems = 0, matrix_elems = 0;
   std::string full;  // a matrix whose change has full rank
-  for (const peft::LinearSite* site : changed_matrices(stack.slots(), "export")) {
+  const auto changed = changed_matrices(stack.slots(), "export");
+  GRAFT_CHECK(!changed.empty(), ExitCode::kData, "export: the adapters change no matrix");
+  for (const peft::LinearSite* site : changed) {
     GRAFT_CHECK(site->info.kind != models::LinearKind::kGain, "export: ", site->name,
                 " is the vector of a norm, and a LoRA holds changes of matrices only");
     const bool table = site->info.kind == models::LinearKind::kEmbedding;

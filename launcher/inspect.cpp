@@ -11,13 +11,13 @@
 #include "configs/check.h"
 #include "data/shard_file.h"
 #include "launcher/checkpoint/manifest.h"
+#include "launcher/inspect_adapter.h"
 #include "models/base.h"
 #include "models/io/gguf_source.h"
 #include "models/io/json_file.h"
 #include "models/io/open_source.h"
 #include "models/io/safetensors.h"
 #include "models/match.h"
-#include "peft/adapter_file.h"
 
 namespace graft::launcher {
 namespace {
@@ -34,88 +34,8 @@ void copy_facts(const nlohmann::json& from, std::initializer_list<const char*> k
   }
 }
 
-/// Counts by dtype, and elements, of a list of tensors (SourceTensor or SafetensorsEntry).
-template <class List>
-void add_tensor_facts(const List& tensors, Facts& facts) {
-  std::map<std::string, int64_t> by_dtype;
-  int64_t elements = 0;
-  for (const auto& t : tensors) {
-    ++by_dtype[t.dtype];
-    int64_t n = 1;
-    for (const int64_t size : t.shape) n *= size;
-    elements += n;
-  }
-  facts["tensors"] = by_dtype;
-  facts["parameters"] = elements;
-}
-
 // --- adapters
 // ---------------------------------------------------------------------------------------------------
-
-/// The partner of a low-rank factor: ...lora_A... of ...lora_B..., empty for any other tensor.
-std::string partner_of(const std::string& key) {
-  for (const auto& [a, b] :
-       {std::pair{".lora_A", ".lora_B"}, std::pair{".lora_embedding_A", ".lora_embedding_B"}}) {
-    for (const auto& [mine, other] : {std::pair{a, b}, std::pair{b, a}}) {
-      const size_t at = key.find(mine);
-      if (at != std::string::npos)
-        return std::string(key).replace(at, std::string_view(mine).size(), other);
-    }
-  }
-  return "";
-}
-
-/// What is wrong with an adapter's numbers; `num_zero` counts low-rank products that are zero: not
-/// trained yet.
-std::vector<std::string> adapter_problems(const SafetensorsFile& file, int64_t& num_zero) {
-  std::vector<std::string> problems;
-  if (file.entries().empty()) problems.emplace_back("no tensors");
-  for (const auto& entry : file.entries()) {
-    const std::string partner = partner_of(entry.name);
-    if (!partner.empty() && file.find(partner) == nullptr)
-      problems.push_back("missing: " + partner);
-    if (!peft::is_adapter_dtype(entry.dtype)) {
-      problems.push_back("no float: " + entry.name + " is " + entry.dtype);
-      continue;
-    }
-    const Tensor value = file.read(entry.name);
-    if (!at::isfinite(value).all().item<bool>()) problems.push_back("not finite: " + entry.name);
-    const bool last_factor = entry.name.find(".lora_B") != std::string::npos ||
-                             entry.name.find(".lora_embedding_A") != std::string::npos;
-    if (last_factor && value.count_nonzero().item<int64_t>() == 0) ++num_zero;
-  }
-  return problems;
-}
-
-Inspection inspect_adapter(const std::string& directory) {
-  const nlohmann::json config = models::io::read_json_file(directory + "/adapter_config.json");
-  GRAFT_CHECK(config.is_object(), ExitCode::kData, directory,
-              "/adapter_config.json: not an object");
-  const SafetensorsFile file(directory + "/adapter_model.safetensors");
-  Inspection result;
-  Facts& facts = result.facts;
-  facts["kind"] = "adapter";
-  copy_facts(config,
-             {"peft_type", "base_model_name_or_path", "task_type", "r", "lora_alpha",
-              "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules", "modules_to_save",
-              "rank_pattern", "alpha_pattern"},
-             facts);
-  const auto own = file.metadata().find(peft::kFactsKey);
-  if (own != file.metadata().end())
-    facts[own->first] = models::io::parse_json(own->second, file.path());
-  add_tensor_facts(file.entries(), facts);
-  int64_t num_zero = 0;
-  const auto problems = adapter_problems(file, num_zero);
-  facts["zero_products"] = num_zero;
-  result.sound = problems.empty();
-  if (result.sound) {
-    facts["health"] =
-        num_zero == 0 ? "good" : "good; where the product is zero, nothing has been trained";
-  } else {
-    facts["health"] = problems;
-  }
-  return result;
-}
 
 Inspection inspect_adapters(const std::string& directory) {
   const auto parts = adapter_parts(directory);
@@ -292,9 +212,14 @@ Inspection inspect_any(const std::string& path) {
 
 }  // namespace
 
-Inspection inspect(const std::string& path) {
+Inspection inspect(const std::string& path, const std::string& model) {
   Inspection result = inspect_any(path);
   Facts facts{{"path", path}};
+  if (!model.empty()) {
+    GRAFT_CHECK(fs::is_directory(path) && !fs::exists(fs::path(path) / "config.json"),
+                "inspect: --model is for adapters, and ", path, " is none");
+    inspect_on_model(adapter_parts(path), model, result);
+  }
   facts.update(result.facts);
   return {facts, result.sound};
 }

@@ -10,17 +10,74 @@ import subprocess
 import h5py
 import numpy as np
 import pytest
-from graft_cli import GRAFT, ORACLE
+from graft_cli import GRAFT, ORACLE, write_config
 from safetensors.numpy import load_file, save_file
 from tiny_base import LAYERS, LORA, VOCABULARY, facts, run, write_adapter, write_gguf
+
+
+def unsound(*arguments):
+    """The facts about what is not sound."""
+    done = subprocess.run([GRAFT, "inspect", *arguments, "--json"], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_inspect_adapter(adapter, tmp_path):
     found = facts("inspect", adapter)
     assert (found["kind"], found["r"], found["lora_alpha"], found["health"]) == ("adapter", 4, 6, "good")
+    assert (found["method"], found["created_by"]) == ("lora", "PEFT, or in its layout")
     assert found["parameters"] == sum(t.size for t in load_file(adapter / "adapter_model.safetensors").values())
-    untrained = facts("inspect", write_adapter(tmp_path / "zero", zero_b=True))
+    untrained = unsound(write_adapter(tmp_path / "zero", zero_b=True))
     assert untrained["zero_products"] == LAYERS * len(LORA["target_modules"])
+    assert untrained["health"][0].startswith("loads without effect")
+    part = write_adapter(tmp_path / "part")
+    tensors = load_file(part / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][:] = 0
+    save_file(tensors, part / "adapter_model.safetensors")
+    assert facts("inspect", part)["health"].startswith("good; where the product is zero")
+
+
+def test_inspect_names_a_type_that_no_method_has(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "NO_SUCH", "peft_version": "0.21.2"}))
+    found = unsound(adapter)
+    assert found["method"] is None and found["created_by"] == "PEFT 0.21.2"
+    assert "peft_type 'NO_SUCH' is not supported; known: " in found["health"][0] and "LORA" in found["health"][0]
+
+
+# One method a kind of slot, and those whose start is not zeros: what is saved unmoved does nothing.
+@pytest.mark.parametrize("method", ["lora", "oft", "dora", "ia3", "bitfit", "layernorm_tuning", "llama_adapter", "bottleneck", "prompt_tuning"])
+def test_with_its_base_inspect_says_whether_an_adapter_of_any_type_does_anything(method, tmp_path):
+    model = ORACLE / "qwen2/model"
+    for rate in (1e-30, 1e-1):
+        folder = tmp_path / str(rate)
+        folder.mkdir()
+        config = write_config(folder / "run.yaml", ORACLE / "qwen2/rows.h5", f'model.name_or_path="{model}"', f'peft=[{{"method": "{method}"}}]',
+                              "train.max_steps=1", f"train.learning_rate={rate}")
+        run("train", config)
+        adapter = folder / "run/adapter"
+        starts_as_base = facts("methods", method)["starts_as_base"]
+        found = unsound(adapter, "--model", model) if rate < 1e-3 and starts_as_base else facts("inspect", adapter, "--model", model)
+        assert found["method"] == method and found["created_by"].startswith("graft ")
+        assert found["on_model"]["base_fingerprint"] == found["graft"]["base_fingerprint"]
+        change = found["on_model"]["largest_change_of_a_logit"]
+        assert (change == 0) == (rate < 1e-3 and starts_as_base)
+        assert (found["health"][-1] == "loads without effect: the logits are the base's") == (change == 0)
+
+
+def test_with_a_base_inspect_finds_what_does_not_fit(model, adapter, tmp_path):
+    assert facts("inspect", adapter, "--model", model)["on_model"]["largest_change_of_a_logit"] > 0
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, weights, {"graft": json.dumps({"method": "lora", "base_fingerprint": "another"})})
+    found = unsound(adapter, "--model", model)
+    assert any(f"fingerprint another, this one has {found['on_model']['base_fingerprint']}" in line for line in found["health"])
+    gone, strange = (f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight" for i in (0, 7))
+    tensors[strange] = tensors.pop(gone)
+    save_file(tensors, weights)
+    health = "\n".join(unsound(adapter, "--model", model)["health"])
+    assert f"missing: {gone}" in health and f"unknown: {strange}" in health
+    assert "--model is for adapters" in run("inspect", model, "--model", model, code=2)
 
 
 def test_inspect_finds_what_is_wrong_with_an_adapter(adapter):
@@ -29,9 +86,7 @@ def test_inspect_finds_what_is_wrong_with_an_adapter(adapter):
     del tensors[gone]
     tensors[spoilt][0, 0] = np.nan
     save_file(tensors, adapter / "adapter_model.safetensors")
-    done = subprocess.run([GRAFT, "inspect", adapter, "--json"], capture_output=True, text=True)
-    assert done.returncode == 3
-    assert sorted(json.loads(done.stdout)["health"]) == sorted([f"missing: {gone}", f"not finite: {spoilt}"])
+    assert sorted(unsound(adapter)["health"]) == sorted([f"missing: {gone}", f"not finite: {spoilt}"])
 
 
 def test_inspect_model_folder_and_gguf(model, tmp_path):
@@ -71,7 +126,7 @@ def test_inspect_checkpoint_verifies_the_manifest(model, tmp_path):
     assert (found["kind"], found["step"], found["world"], found["adapter"]["r"]) == ("checkpoint", 2, 1, 4)
     adapter = facts("inspect", tmp_path / "run/adapter")
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert adapter["graft"] == {"method": "lora", "base_fingerprint": record["base_fingerprint"],
+    assert adapter["graft"] == {"method": "lora", "base_fingerprint": record["base_fingerprint"], "created_by": adapter["created_by"],
                                 "lora_fa": False, "loraplus_lr_ratio": 1.0}  # what PEFT's config does not know
     assert adapter["zero_products"] == 0
     config_file = checkpoint / "config.yaml"
