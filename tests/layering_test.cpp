@@ -188,6 +188,20 @@ TEST(Methods, ManifestSourcesAndPresetsNameTheSameMethods) {
   EXPECT_EQ(manifest, stems(sources("configs/methods", {".yaml"})));
 }
 
+TEST(Methods, AreShortFiles) {
+  constexpr size_t kMostLines = 180, kMostOnAverage = 110;
+  const std::vector<Source> files = sources("peft/methods", {".cpp"});
+  size_t lines = 0;
+  for (const Source& file : files) {
+    lines += file.lines.size();
+    EXPECT_LE(file.lines.size(), kMostLines)
+        << file.path << ": move what others could use out of the method";
+  }
+  ASSERT_FALSE(files.empty());
+  EXPECT_LE(lines, kMostOnAverage * files.size())
+      << lines / files.size() << " lines a method on average";
+}
+
 // An absolute path outside the system's own folders is somebody's machine.
 TEST(Documents, HoldNoPathOfOneMachine) {
   static const std::regex kPath(R"re((^|[\s"'`(=])/(\w+)/)re");
