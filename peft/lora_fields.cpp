@@ -18,8 +18,13 @@ void LoraFields::fields(configs::Fields& f) {
   f("use_rslora", use_rslora, "scale by lora_alpha / sqrt(r) instead");
   f("rank_pattern", rank_pattern, f.range(1, 4096), "other ranks by slot, suffix or glob");
   f("alpha_pattern", alpha_pattern, alpha, "other lora_alpha by slot, suffix or glob");
-  f("init_lora_weights", init_lora_weights, f.one_of({"true", "gaussian", "orthogonal", "false"}),
-    "true: A Kaiming-uniform, B zero; gaussian: A normal; the others do not start as the base");
+  std::vector<std::string> starts = {"true",  "gaussian", "orthogonal", "false",   "pissa", "olora",
+                                     "loftq", "eva",      "corda",      "lora_ga", "mica"};
+  for (const int rounds : {1, 2, 4, 8, 16, 32, 64})
+    starts.push_back("pissa_niter_" + std::to_string(rounds));
+  f("init_lora_weights", init_lora_weights, f.one_of(starts),
+    "true: A Kaiming-uniform, B zero; gaussian: A normal; orthogonal and false do not start as the "
+    "base; the others are computed from its matrices or from data");
   f("loraplus_lr_ratio", loraplus_lr_ratio, f.positive(),
     "LoRA+: the learning rate of B over that of A");
 }
@@ -28,9 +33,17 @@ double LoraFields::learning_rate_factor(std::string_view leaf) const {
   return leaf == "lora_b" || leaf == "lora_bias" || leaf == "magnitude" ? loraplus_lr_ratio : 1;
 }
 
+LoraFields::Decision LoraFields::decision(const LinearSite& site) const {
+  if (!decided)
+    return {pattern_value(rank_pattern, site, r), pattern_value(alpha_pattern, site, lora_alpha)};
+  const auto found = decided->find(site.hf_path);
+  return found == decided->end() ? Decision{0, lora_alpha} : found->second;
+}
+
 double LoraFields::scale(const LinearSite& site) const {
-  const double alpha = pattern_value(alpha_pattern, site, lora_alpha);
-  return alpha / (use_rslora ? std::sqrt(rank(site)) : rank(site));
+  const auto [rank, alpha] = decision(site);
+  if (rank == 0) return 0;
+  return alpha / (use_rslora ? std::sqrt(rank) : rank);
 }
 
 std::pair<Tensor, Tensor> LoraFields::start(const LinearSite& site, kernels::Key key,
@@ -57,8 +70,7 @@ std::pair<Tensor, Tensor> LoraFields::start(const LinearSite& site, kernels::Key
 PeftForm LoraFields::peft_form() {
   return {.type = "LORA",
           .bias_only = "lora_only",
-          .inert = {"loftq_config", "eva_config", "corda_config", "lora_ga_config",
-                    "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"},
+          .inert = {"runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"},
           .ours = {"loraplus_lr_ratio", "lora_fa"}};
 }
 
@@ -66,10 +78,9 @@ SavedAdapter LoraFields::with_known_start(SavedAdapter adapter) {
   const auto found = adapter.config.find("init_lora_weights");
   if (found == adapter.config.end()) return adapter;
   GRAFT_CHECK(found->is_null() || found->is_boolean() || *found == "gaussian" || *found == "eva" ||
-                  *found == "orthogonal",
+                  *found == "orthogonal" || *found == "mica",
               ExitCode::kData, "adapter_config.json: init_lora_weights = ", found->dump(),
               " changes the base and is not supported; convert the adapter to plain LoRA");
-  if (*found == "eva") *found = true;  // of the data, and A is in the file
   return adapter;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -25,6 +26,15 @@ struct LoraFields {
   std::string init_lora_weights = "true";
   double loraplus_lr_ratio = 1;
 
+  /// Ranks that data decided, by module path, in place of the fields'; a slot that is not there has
+  /// none.
+  struct Decision {
+    int rank;
+    double alpha;
+  };
+  std::optional<std::map<std::string, Decision>> decided = {};
+  Decision decision(const LinearSite& site) const;
+
   void fields(configs::Fields& f);
   /// Orthogonal factors have a product of zero up to rounding only.
   bool starts_as_base() const {
@@ -32,7 +42,7 @@ struct LoraFields {
   }
   /// LoRA+: B learns faster than A, and what is as wide as the output with it.
   double learning_rate_factor(std::string_view leaf) const;
-  int rank(const LinearSite& site) const { return pattern_value(rank_pattern, site, r); }
+  int rank(const LinearSite& site) const { return decision(site).rank; }
   double scale(const LinearSite& site) const;
   /// A [r, in] and B [out, r] at step 0, float32.
   std::pair<Tensor, Tensor> start(const LinearSite& site, kernels::Key key,

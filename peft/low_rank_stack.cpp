@@ -37,7 +37,8 @@ std::vector<std::shared_ptr<models::LinearAdapter>> fuse(const std::vector<Weigh
     while (end < adapters.size() && adapters[end].adapter->low_rank()) ++end;
     GRAFT_CHECK(
         end > i || adapters[i].weight == 1, "a weight of ", adapters[i].weight,
-        " is for what adds a low-rank product (LoRA without a bias); this adapter does not");
+        " is for what adds a low-rank product and nothing else (LoRA without a bias, that took "
+        "nothing from the base); this adapter does not");
     if (end > i + 1 || adapters[i].weight != 1) {
       fused.push_back(std::make_shared<LowRankStack>(
           std::vector(adapters.begin() + static_cast<std::ptrdiff_t>(i),

@@ -286,15 +286,17 @@ void Peft::adopted() {
   }
 }
 
-std::vector<Method*> Peft::all() const {
+std::vector<Method*> Peft::running() const {
   std::vector<Method*> methods;
-  for (const Frozen& frozen : frozen_) methods.push_back(frozen.method.get());
+  for (const Frozen& frozen : frozen_) {
+    if (frozen.is_active) methods.push_back(frozen.method.get());
+  }
   for (const Trained& part : trained_) methods.push_back(part.method.get());
   return methods;
 }
 
 bool Peft::changes_base() const {
-  const auto methods = all();
+  const auto methods = running();
   return std::any_of(methods.begin(), methods.end(),
                      [](const Method* m) { return m->changes_base(); });
 }
@@ -302,14 +304,14 @@ bool Peft::changes_base() const {
 Tensor Peft::prepare_weight(const std::string& name, Tensor w) const {
   const at::NoGradGuard no_grad;
   const LinearSite* site = slots_.find_linear(name.substr(0, name.rfind('.')));
-  for (const Method* method : all()) {
+  for (const Method* method : running()) {
     if (site != nullptr && method->changes_base()) w = method->prepare_weight(*site, w);
   }
   return w;
 }
 
 void Peft::base_is_prepared() {
-  for (Method* method : all()) method->base_is_prepared();
+  for (Method* method : running()) method->base_is_prepared();
 }
 
 void Peft::initialize(BaseWeights& base) {

@@ -114,7 +114,7 @@ class Peft {
     bool is_active = true;
     std::shared_ptr<WholeTensors> head;
   };
-  std::vector<Method*> all() const;  ///< innermost first
+  std::vector<Method*> running() const;  ///< innermost first
   void check_thawed_alone() const;
   void check_task(const std::string& directory) const;
   template <class Wanted>

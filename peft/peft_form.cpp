@@ -22,6 +22,12 @@ nlohmann::json to_json(const FieldDoc& field, const Node& value) {
       for (const Node& item : value.items) list.push_back(to_json(field.members.front(), item));
       return list;
     }
+    case configs::Type::kSection: {
+      nlohmann::json section = nlohmann::json::object();
+      for (const FieldDoc& member : field.members)
+        section[member.name] = to_json(member, member.value);
+      return section;
+    }
     case configs::Type::kString:  // PEFT's init_weights is a word or a boolean
       if (!field.bound.choices.empty() && (value.text == "true" || value.text == "false"))
         return value.text == "true";

@@ -18,8 +18,8 @@ DIR/<case>/full.json            losses of ten AdamW steps of all parameters, and
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
-Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/optimisers.safetensors: see optimisers.py;
-DIR/adapter_sums.safetensors: see adapter_sums.py.
+Beside them DIR/peft_methods/<name>/ and DIR/lora_starts/<name>.*: see peft_methods.py and lora_starts.py;
+DIR/optimisers.safetensors: see optimisers.py; DIR/adapter_sums.safetensors: see adapter_sums.py.
 """
 
 import argparse
@@ -211,13 +211,15 @@ def main():
     for name, config in CASES.items():
         write_case(name, config, output / name)
     import adapter_sums
+    import lora_starts  # which import this file
     import optimisers
-    import peft_methods  # which imports this file
+    import peft_methods
 
     optimisers.write(output / "optimisers.safetensors")
 
     peft_methods.write(output / "qwen2/model", output / "peft_methods")
     adapter_sums.write(output / "qwen2/model", output / "peft_methods", output / "adapter_sums.safetensors")
+    lora_starts.write(output / "qwen2/model", output / "lora_starts")  # last: it changes PEFT
 
 
 if __name__ == "__main__":

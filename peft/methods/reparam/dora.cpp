@@ -11,15 +11,18 @@
 
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
-#include "peft/linear_method.h"
-#include "peft/lora_fields.h"
+#include "peft/lora_method.h"
 
 namespace graft::peft {
 namespace {
 
-struct DoraConfig : LoraFields {
+struct DoraConfig : LoraStartFields {
+  void fields(configs::Fields& f) {
+    LoraStartFields::fields(f);
+    f.require(!is_start("mica"), "init_lora_weights", "mica is for lora; dora trains B");
+  }
   static PeftForm peft_form() {
-    PeftForm form = LoraFields::peft_form();
+    PeftForm form = LoraStartFields::peft_form();
     form.fixed["use_dora"] = true;
     return form;
   }
@@ -28,13 +31,11 @@ struct DoraConfig : LoraFields {
 class DoraLinear : public models::LinearAdapter {
  public:
   DoraLinear(const DoraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : below_(site.slot->adapters()),
-        scale_(c.scale(site)),
-        dropout_(c.lora_dropout),
-        random_(random) {
+      : below_(site.slot->adapters()), dropout_(c.lora_dropout), random_(random) {
     const auto [a, b] = c.start(site, random, device);
-    a_ = register_parameter("lora_a", a);
-    b_ = register_parameter("lora_b", b);
+    pair_.a = register_parameter("lora_a", a);
+    pair_.b = register_parameter("lora_b", b);
+    pair_.scale = c.scale(site);
     m_ = register_parameter("magnitude", at::ones({site.info.out}, a.options()));
   }
   static std::vector<Leaf> leaves() {
@@ -43,10 +44,10 @@ class DoraLinear : public models::LinearAdapter {
             {"magnitude", "lora_magnitude_vector"}};
   }
   void initialize(const DoraConfig&, const LinearSite& site, BaseWeights& base) {
-    Tensor w = base.weight(site).to(a_.device());
+    Tensor w = base.weight(site).to(m_.device());
     for (const auto& adapter : below_) w = adapter->merged(w);
     square_ = w.square().sum(1);
-    m_.copy_(norms(square_, w.mm(a_.t())));
+    m_.copy_(norms(square_, w.mm(pair_.whole_a().t())));
   }
 
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
@@ -55,50 +56,50 @@ class DoraLinear : public models::LinearAdapter {
     const auto [bias, n] = bias_and_norms(x, base);
     const Tensor gain = m_ / n;
     const Tensor plain = (dropped.is_same(x) ? y : base(dropped)) - bias.to(type);
-    return y + kernels::lowrank_add((gain - 1).to(type) * plain, dropped, a_,
-                                    gain.unsqueeze(1) * b_, scale_);
+    return y + kernels::lowrank_add((gain - 1).to(type) * plain, dropped, pair_.whole_a(),
+                                    gain.unsqueeze(1) * pair_.whole_b(), pair_.scale);
   }
   bool needs_weight() const override { return true; }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
-    const Tensor v = w + (scale_ * b_.mm(a_)).to(w.scalar_type());
+    const Tensor v = w + (pair_.scale * pair_.whole_b().mm(pair_.whole_a())).to(w.scalar_type());
     return v * (m_ / v.norm(2, 1).clamp_min(kShortest)).unsqueeze(1).to(w.scalar_type());
   }
+  LoraPair& pair() { return pair_; }
 
  private:
   static constexpr double kShortest = 1e-6;  // a row of zeros has no direction
 
   /// @param wa  W A^T [out, r]
   Tensor norms(const Tensor& square, const Tensor& wa) const {
-    const Tensor cross = (b_ * wa).sum(1), own = (b_.mm(a_.mm(a_.t())) * b_).sum(1);
-    return (square + 2 * scale_ * cross + scale_ * scale_ * own)
+    const Tensor a = pair_.whole_a(), b = pair_.whole_b();
+    const Tensor cross = (b * wa).sum(1), own = (b.mm(a.mm(a.t())) * b).sum(1);
+    return (square + 2 * pair_.scale * cross + pair_.scale * pair_.scale * own)
         .clamp_min(kShortest * kShortest)
         .sqrt();
   }
   /// The layer on a row of zeros is its bias, on the rows of A it is A W^T beside.
   std::pair<Tensor, Tensor> bias_and_norms(const Tensor& x, const models::LinearOp& base) const {
     const at::NoGradGuard constants;
-    const Tensor rows = at::constant_pad_nd(a_, {0, 0, 1, 0}).to(x.scalar_type());
+    const Tensor rows = at::constant_pad_nd(pair_.whole_a(), {0, 0, 1, 0}).to(x.scalar_type());
     const Tensor out = base(rows).to(at::kFloat);
     const Tensor square = below_.empty() ? square_ : base.weight().to(at::kFloat).square().sum(1);
     return {out[0], norms(square, (out.slice(0, 1) - out[0]).t())};
   }
 
   std::vector<std::shared_ptr<models::LinearAdapter>> below_;
-  double scale_, dropout_;
+  double dropout_;
   kernels::Key random_;
-  Tensor a_, b_, m_;
+  LoraPair pair_;
+  Tensor m_;
   Tensor square_;  ///< [out], the rows of W: a constant
 };
 
-class Dora : public LinearMethod<DoraConfig, DoraLinear> {
+class Dora : public LoraMethod<DoraConfig, DoraLinear> {
  public:
   bool is_in(const SavedAdapter& adapter) const override {
     const auto flag = adapter.config.find("use_dora");
     return flag != adapter.config.end() && *flag == true;
-  }
-  void from_peft_config(const SavedAdapter& adapter) override {
-    LinearMethod::from_peft_config(LoraFields::with_known_start(adapter));
   }
 };
 

@@ -2,6 +2,7 @@
 // rsLoRA: s = alpha / sqrt(r).                         Kalajdzievski 2023, arXiv:2312.03732
 // LoRA+: B learns loraplus_lr_ratio times faster.      Hayou et al. 2024, arXiv:2402.12354
 // LoRA-FA: A stays as it was drawn.                    Zhang et al. 2023, arXiv:2308.03303
+// PiSSA, OLoRA, LoftQ, EVA, CorDA, LoRA-GA, MiCA: other first values of A and B (lora_start.h).
 // Trains A [r, in] (Kaiming-uniform, a = sqrt 5) and B [out, r] (zeros): the model is unchanged at
 // step 0; with lora_bias a vector [out] beside B (zeros). On an embedding A [r, V] is zero and B
 // [D, r] normal. Mergeable without lora_bias. Fields and files are those of HF PEFT's LoraConfig;
@@ -13,30 +14,32 @@
 #include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
-#include "peft/linear_method.h"
-#include "peft/lora_fields.h"
+#include "peft/lora_method.h"
 
 namespace graft::peft {
 namespace {
 
-struct LoraConfig : LoraFields {
+struct LoraConfig : LoraStartFields {
   bool lora_bias = false;
   bool lora_fa = false;
 
   void fields(configs::Fields& f) {
-    LoraFields::fields(f);
+    LoraStartFields::fields(f);
     f("lora_bias", lora_bias, "train a bias beside B");
     f("lora_fa", lora_fa, "LoRA-FA: train B only, which saves the memory of A's gradient");
+    f.require(!lora_fa || !(takes_from_base() || is_start("mica")), "lora_fa",
+              "needs an A that is not trained, and this init_lora_weights one that is");
   }
 };
 
 class LoraLinear : public models::LinearAdapter {
  public:
   LoraLinear(const LoraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : scale_(c.scale(site)), dropout_(c.lora_dropout), random_(random) {
+      : dropout_(c.lora_dropout), random_(random) {
     auto [a, b] = c.start(site, random, device);
-    a_ = c.lora_fa ? register_buffer("lora_a", a) : register_parameter("lora_a", a);
-    b_ = register_parameter("lora_b", b);
+    pair_.a = c.lora_fa ? register_buffer("lora_a", a) : register_parameter("lora_a", a);
+    pair_.b = c.is_start("mica") ? register_buffer("lora_b", b) : register_parameter("lora_b", b);
+    pair_.scale = c.scale(site);
     if (!c.lora_bias) return;
     const double bound = c.init_lora_weights == "false" ? 1 / std::sqrt(c.rank(site)) : 0;
     bias_ = register_parameter(
@@ -50,23 +53,25 @@ class LoraLinear : public models::LinearAdapter {
             {"lora_embedding_b", "lora_embedding_B"}};
   }
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
-    const Tensor y =
-        kernels::lowrank_add(base(x), dropout(x, dropout_, pass, random_), a_, b_, scale_);
-    return bias_.defined() ? y + (scale_ * bias_).to(y.scalar_type()) : y;
+    const Tensor y = kernels::lowrank_add(base(x), dropout(x, dropout_, pass, random_),
+                                          pair_.whole_a(), pair_.whole_b(), pair_.scale);
+    return bias_.defined() ? y + (pair_.scale * bias_).to(y.scalar_type()) : y;
   }
   bool mergeable() const override { return !bias_.defined(); }
   Tensor merged(const Tensor& w) const override {
-    return w + (scale_ * b_.mm(a_)).to(w.scalar_type());
+    return w + (pair_.scale * pair_.whole_b().mm(pair_.whole_a())).to(w.scalar_type());
   }
   std::optional<models::LowRank> low_rank() const override {
-    if (bias_.defined()) return std::nullopt;
-    return models::LowRank{a_, b_, scale_};
+    if (bias_.defined() || pair_.taken_a.defined()) return std::nullopt;
+    return models::LowRank{pair_.a, pair_.b, pair_.scale};
   }
+  LoraPair& pair() { return pair_; }
 
  private:
-  double scale_, dropout_;
+  double dropout_;
   kernels::Key random_;
-  Tensor a_, b_, bias_;
+  LoraPair pair_;
+  Tensor bias_;
 };
 
 /// PEFT ignores lora_dropout on embeddings; so do we.
@@ -99,16 +104,12 @@ class LoraEmbedding : public models::LinearAdapter {
   Tensor a_, b_;
 };
 
-class Lora : public LinearMethod<LoraConfig, LoraLinear> {
- public:
-  void from_peft_config(const SavedAdapter& adapter) override {
-    LinearMethod::from_peft_config(LoraFields::with_known_start(adapter));
-  }
-
+class Lora : public LoraMethod<LoraConfig, LoraLinear> {
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
     if (site.info.kind != models::LinearKind::kEmbedding)
-      return LinearMethod::attach_to(context, site);
+      return LoraMethod::attach_to(context, site);
+    config_.check_start(site);
     attach_linear(
         context, site,
         std::make_shared<LoraEmbedding>(config_, site, site_key(context, site), context.device),
