@@ -5,6 +5,7 @@
 //             where HF PEFT has the method: static PeftForm peft_form(); its fields have PEFT's
 //             names;
 //             optional: bool starts_as_base() const, where that is not always so;
+//             bool is_pefts() const, where some values of the fields mean nothing to PEFT;
 //             double learning_rate_factor(leaf) const
 //   Adapter:  derives from LinearAdapter; Adapter(config, site, random, device); registers its
 //             parameters, and as buffers the constants that are saved;
@@ -53,7 +54,12 @@ class LinearMethod : public Method {
     if constexpr (requires { config_.starts_as_base(); }) return config_.starts_as_base();
     return true;
   }
-  std::string peft_type() const override { return form().type; }
+  std::string peft_type() const override {
+    if constexpr (requires { config_.is_pefts(); }) {
+      if (!config_.is_pefts()) return "";
+    }
+    return form().type;
+  }
   nlohmann::json to_peft_config(const SlotMap& slots) const override {
     return write_peft_form(form(), describe(), sites_, whole_, slots);
   }

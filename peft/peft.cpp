@@ -478,7 +478,7 @@ std::shared_ptr<Method> method_of_directory(const std::string& directory, std::s
   for (const auto& registered : methods().entries()) {
     std::shared_ptr<Method> method = registered.make();
     if (!method->peft_type().empty()) known.insert(method->peft_type());
-    const bool is_ours = type.empty() && method->peft_type().empty() && registered.name == ours;
+    const bool is_ours = type.empty() && registered.name == ours;
     if (!is_ours && (type.empty() || method->peft_type() != type || !method->is_in(adapter)))
       continue;
     if (found == nullptr || registered.name == ours) found = method, name = registered.name;

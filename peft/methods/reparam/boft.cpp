@@ -3,7 +3,8 @@
 // Trains R as boft_R [m, in / k, k, k] (R_i is Cayley's matrix of the skew part of its blocks;
 // zeros) and s as boft_s [out, 1] (ones): the model is unchanged at step 0. Mergeable. m is
 // boft_n_butterfly_factor, k boft_block_size. Like HF PEFT, whose fields and files these are, it
-// turns a layer's inputs, and s leaves the bias alone. Where PEFT cannot compile its CUDA extension
+// turns a layer's inputs, and s leaves the bias alone; rotate: outputs is LyCORIS's boft, y = s *
+// (B_m ... B_1 W x) + b with blocks over the outputs. Where PEFT cannot compile its CUDA extension
 // it takes m = 1 but writes the m that was asked for: such a file is refused here for the shape of
 // boft_R; set boft_n_butterfly_factor to 1 in it.
 //
@@ -25,6 +26,7 @@ struct BoftConfig {
   int boft_block_num = 0;
   int boft_n_butterfly_factor = 1;
   double boft_dropout = 0;
+  std::string rotate = "inputs";
 
   void fields(configs::Fields& f) {
     f("boft_block_size", boft_block_size, f.range(0, 65536), "size of the blocks; 0: by number");
@@ -33,19 +35,25 @@ struct BoftConfig {
       "block-diagonal factors, each over runs twice as long");
     f("boft_dropout", boft_dropout, f.at_least(0).below(1),
       "share of one factor's blocks set to I");
+    f("rotate", rotate, f.one_of({"inputs", "outputs"}), "what is turned; outputs: as LyCORIS");
   }
   static PeftForm peft_form() {
-    return {.type = "BOFT", .bias_only = "boft_only", .inert = {"init_weights"}};
+    return {
+        .type = "BOFT", .bias_only = "boft_only", .inert = {"init_weights"}, .ours = {"rotate"}};
+  }
+  bool is_pefts() const { return rotate == "inputs"; }
+  int64_t width(const LinearSite& site) const {
+    return rotate == "inputs" ? site.info.in : site.info.out;
   }
   int64_t block_size(const LinearSite& site) const {
     GRAFT_CHECK((boft_block_num == 0) != (boft_block_size == 0),
                 "peft: boft: boft_block_size = ", boft_block_size,
                 " and boft_block_num = ", boft_block_num, ": set one of them and the other to 0");
-    const int64_t in = site.info.in;
-    const int64_t k = boft_block_num == 0 ? boft_block_size : in / boft_block_num;
+    const int64_t n = width(site);
+    const int64_t k = boft_block_num == 0 ? boft_block_size : n / boft_block_num;
     const int64_t longest = k << (boft_n_butterfly_factor - 1);
-    GRAFT_CHECK(k > 1 && in % longest == 0 && (boft_block_num == 0 || k * boft_block_num == in),
-                "peft: boft: ", site.name, " has ", in, " inputs: blocks of ", k, " with ",
+    GRAFT_CHECK(k > 1 && n % longest == 0 && (boft_block_num == 0 || k * boft_block_num == n),
+                "peft: boft: ", site.name, " has ", n, " ", rotate, ": blocks of ", k, " with ",
                 boft_n_butterfly_factor, " factors need a multiple of ", longest);
     GRAFT_CHECK(boft_n_butterfly_factor == 1 || k % 2 == 0, "peft: boft: ", site.name,
                 ": several factors need blocks of an even size, not ", k);
@@ -56,10 +64,13 @@ struct BoftConfig {
 class BoftLinear : public models::LinearAdapter {
  public:
   BoftLinear(const BoftConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : k_(c.block_size(site)), dropout_(c.boft_dropout), random_(random) {
+      : k_(c.block_size(site)),
+        on_outputs_(c.rotate == "outputs"),
+        dropout_(c.boft_dropout),
+        random_(random) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     r_ = register_parameter(
-        "boft_r", at::zeros({c.boft_n_butterfly_factor, site.info.in / k_, k_, k_}, options));
+        "boft_r", at::zeros({c.boft_n_butterfly_factor, c.width(site) / k_, k_, k_}, options));
     s_ = register_parameter("boft_s", at::ones({site.info.out, 1}, options));
     if (site.info.has_bias) bias_ = register_buffer("bias", at::zeros({site.info.out}, options));
   }
@@ -69,18 +80,21 @@ class BoftLinear : public models::LinearAdapter {
   }
 
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
+    const Tensor changes = without_some(change(), pass), s = s_.view({-1});
+    if (on_outputs_) {
+      const Tensor y = base(x), plain = bias_.defined() ? y - bias_.to(y.scalar_type()) : y;
+      return y + (all_factors(plain, changes.transpose(2, 3)) * s - plain).to(y.scalar_type());
+    }
     Tensor turned = x;
-    const Tensor changes = without_some(change(), pass);
     for (int64_t i = r_.size(0) - 1; i >= 0; --i) turned = factor(turned, changes[i], i);
-    const Tensor y = base(turned), s = s_.view({-1});
+    const Tensor y = base(turned);
     const Tensor scaled = bias_.defined() ? y * s + (1 - s) * bias_ : y * s;  // in float32
     return scaled.to(y.scalar_type());
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
-    Tensor turned = w.to(at::kFloat);
-    const Tensor back = change().transpose(2, 3);
-    for (int64_t i = 0; i < r_.size(0); ++i) turned = factor(turned, back[i], i);
+    const Tensor back = change().transpose(2, 3), rows = w.to(at::kFloat);
+    const Tensor turned = on_outputs_ ? all_factors(rows.t(), back).t() : all_factors(rows, back);
     return (turned * s_).to(w.scalar_type());
   }
 
@@ -98,6 +112,10 @@ class BoftLinear : public models::LinearAdapter {
     const Tensor turned = rotate_blocks(spread, change);
     return turned.reshape({-1, half, 2, k_ / 2}).transpose(1, 2).reshape(x.sizes());
   }
+  Tensor all_factors(Tensor x, const Tensor& changes) const {
+    for (int64_t i = 0; i < r_.size(0); ++i) x = factor(x, changes[i], i);
+    return x;
+  }
   /// In training, of one factor drawn at random that share of blocks is I.
   Tensor without_some(const Tensor& changes, const models::Pass& pass) const {
     if (dropout_ == 0 || !pass.training) return changes;
@@ -111,6 +129,7 @@ class BoftLinear : public models::LinearAdapter {
   }
 
   int64_t k_;
+  bool on_outputs_;
   double dropout_;
   kernels::Key random_;
   Tensor r_, s_, bias_;

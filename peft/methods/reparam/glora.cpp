@@ -5,7 +5,9 @@
 // model is unchanged at step 0. Mergeable where the matrix has no bias. Only A as a product needs
 // the dense matrix in every pass; b and W C are the base's outputs for 0 and for C. Fields and
 // files are those of HF PEFT's GloraConfig; PEFT has neither C, D nor E without a bias and then
-// saves zeros for them, the paper searches over the choices of each slot.
+// saves zeros for them, the paper searches over the choices of each slot. PEFT multiplies W and A
+// element by element; the paper writes W A, and LyCORIS's glora is (W + W A + B) x with A [in, r]
+// [r, in]: matrix_product, which needs no dense matrix and is not PEFT's.
 #include <ATen/ATen.h>
 
 #include "peft/draws.h"
@@ -19,6 +21,7 @@ struct GloraConfig {
   int r = 8;
   std::string config_A_B = "lora", config_C = "lora", config_D_E = "constant";
   bool init_weights = true;
+  bool matrix_product = false;
 
   void fields(configs::Fields& f) {
     f("r", r, f.range(1, 4096), "inner size of the products");
@@ -26,8 +29,12 @@ struct GloraConfig {
     f("config_C", config_C, f.one_of({"lora", "vector", "none"}), "form of C");
     f("config_D_E", config_D_E, f.one_of({"vector", "constant", "none"}), "form of D and E");
     f("init_weights", init_weights, "false: random values, not as the base");
+    f("matrix_product", matrix_product, "A [in, r] [r, in] multiplies W as a matrix, as LyCORIS");
   }
-  static PeftForm peft_form() { return {.type = "GLORA", .fixed = {{"bias", "none"}}}; }
+  static PeftForm peft_form() {
+    return {.type = "GLORA", .fixed = {{"bias", "none"}}, .ours = {"matrix_product"}};
+  }
+  bool is_pefts() const { return !matrix_product; }
   bool starts_as_base() const { return init_weights; }
 };
 
@@ -43,8 +50,10 @@ struct GloraPath {
 class GloraLinear : public models::LinearAdapter {
  public:
   GloraLinear(const GloraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : info_(site.info) {
+      : info_(site.info), matrix_product_(c.matrix_product) {
     const int64_t in = info_.in, out = info_.out, r = c.r;
+    GRAFT_CHECK(!c.matrix_product || c.config_A_B == "lora",
+                "peft: glora: matrix_product needs config_A_B = lora, not ", c.config_A_B);
     const auto add = [&](const std::string& name, at::IntArrayRef shape, double deviation) {
       random = kernels::derive(random, 1);
       return register_parameter(name, draw_normal(shape, deviation, random, device));
@@ -67,7 +76,7 @@ class GloraLinear : public models::LinearAdapter {
       return GloraPath{};
     };
     const auto with_bias = [&](const std::string& form) { return info_.has_bias ? form : "none"; };
-    a_ = path("glora_A", c.config_A_B, out, in, {out, in});
+    a_ = path("glora_A", c.config_A_B, matrix_product_ ? in : out, in, {out, in});
     b_ = path("glora_B", c.config_A_B, out, in, {out, in});
     c_ = path("glora_C", with_bias(c.config_C), in, 1, {in, 1});
     d_ = path("glora_D", with_bias(c.config_D_E), out, 1, {out});
@@ -90,7 +99,10 @@ class GloraLinear : public models::LinearAdapter {
     Tensor y = base(x), bias;
     if (info_.has_bias) bias = base(at::zeros({1, info_.in}, x.options())).squeeze(0);
     const Tensor product = info_.has_bias ? y - bias : y;  // W x
-    if (a_.is_product()) {
+    if (matrix_product_) {
+      const Tensor moved = base(at::linear(at::linear(x, cast(a_.right)), cast(a_.left)));
+      y = y + (info_.has_bias ? moved - bias : moved);
+    } else if (a_.is_product()) {
       const Tensor w = base.weight();
       y = y + at::linear(x, cast(w * a_.value().to(w.scalar_type())));
     } else if (!a_.empty()) {
@@ -108,11 +120,16 @@ class GloraLinear : public models::LinearAdapter {
   bool mergeable() const override { return !info_.has_bias; }
   Tensor merged(const Tensor& w) const override {
     if (a_.empty()) return w;
+    if (matrix_product_) {
+      const Tensor wide = w.to(at::kFloat);
+      return (wide + wide.mm(a_.left).mm(a_.right) + b_.value()).to(w.scalar_type());
+    }
     return w + w * a_.value().to(w.scalar_type()) + b_.value().to(w.scalar_type());
   }
 
  private:
   models::LinearInfo info_;
+  bool matrix_product_;
   GloraPath a_, b_, c_, d_, e_;
 };
 
