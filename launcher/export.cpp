@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "configs/check.h"
 #include "launcher/checkpoint/manifest.h"
@@ -20,6 +21,7 @@
 #include "models/load.h"
 #include "models/match.h"
 #include "peft/adapter_file.h"
+#include "peft/lycoris_file.h"
 #include "peft/peft.h"
 
 namespace graft::launcher {
@@ -60,12 +62,11 @@ struct Adapted {
   std::optional<LoraReport> report;  ///< of a conversion
 };
 
-Adapted put_on_model(const ExportOptions& options) {
+Adapted put_on_model(const std::string& directory, const ExportOptions& options) {
   Base base(options.model);
   Adapted a;
   a.model = base.make_model();
   a.adapters = std::make_unique<peft::Peft>(*a.model, at::kCPU, 0);
-  const std::string& directory = options.adapters.front();
   peft::MethodEntry entry{"", nullptr, directory};
   a.adapters->attach(entry);
   a.adapters->load(directory);
@@ -177,27 +178,87 @@ void export_gguf(const Adapted& a, const std::string& path) {
                          tensors);
 }
 
+void write_folder(const std::string& folder, const peft::Peft::Saved& saved,
+                  const models::io::SafetensorsMetadata& metadata) {
+  fs::create_directories(folder);
+  models::io::write_safetensors(folder + "/adapter_model.safetensors", saved.tensors, metadata);
+  write_text(folder + "/adapter_config.json", saved.config.dump(2) + "\n");
+}
+
+/// Folders of a LyCORIS file; each is put on the model, so that what cannot be used is not left.
+void import_lycoris(const ExportOptions& options) {
+  const std::string& file = options.adapters.front();
+  GRAFT_CHECK(options.adapters.size() == 1 && options.as.empty() && options.to == "peft" &&
+                  !options.model.empty(),
+              "export: ", file,
+              " is a file; one of LyCORIS's becomes a folder with --to peft --model BASE");
+  Base base(options.model);
+  const auto model = base.make_model();
+  const auto parts = peft::read_lycoris(file, peft::SlotMap(*model), base.weights(*model));
+  try {
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const std::string folder = peft::part_directory(options.output, i, parts.size());
+      write_folder(folder, parts[i], parts[i].metadata);
+      put_on_model(folder, options);
+    }
+  } catch (...) {
+    fs::remove_all(options.output);
+    throw;
+  }
+}
+
+void export_lycoris(const ExportOptions& options) {
+  Base base(options.model);
+  const auto model = base.make_model();
+  const peft::SlotMap slots(*model);
+  peft::BaseWeights& weights = base.weights(*model);
+  models::io::NamedTensors tensors;
+  std::set<std::string> names;
+  for (const std::string& part : adapter_parts(options.adapters.front())) {
+    for (auto& tensor : peft::write_lycoris(put_on_model(part, options).saved, slots, weights)) {
+      GRAFT_CHECK(names.insert(tensor.first).second, "export: two adapters of ",
+                  options.adapters.front(), " have a ", tensor.first,
+                  "; LyCORIS has one of a kind at each module");
+      tensors.push_back(std::move(tensor));
+    }
+  }
+  models::io::write_safetensors(options.output, tensors, {{"format", "pt"}});
+}
+
 }  // namespace
 
 std::optional<LoraReport> export_adapter(const ExportOptions& options) {
   GRAFT_CHECK(!fs::exists(options.output), "export: ", options.output,
               " exists; nothing is overwritten");
   const bool converts = options.as == "lora", gguf = options.to == "gguf";
-  GRAFT_CHECK(!gguf || !options.model.empty(),
-              "export: --to gguf needs --model: names and the order of rows come from the base");
+  const std::string& first = options.adapters.front();
+  GRAFT_CHECK((!gguf && options.to != "lycoris") || !options.model.empty(), "export: --to ",
+              options.to, " needs --model: names and the order of rows come from the base");
   GRAFT_CHECK(!converts || !options.model.empty(),
               "export: --as lora needs --model, the base that the adapter changes");
+  GRAFT_CHECK(!converts || options.to != "lycoris",
+              "export: --as lora is for peft, safetensors "
+              "and gguf; --to lycoris writes each type as LyCORIS has it");
   GRAFT_CHECK(converts || options.rank == 0, "export: --rank is that of --as lora");
   const at::NoGradGuard no_grad;
+  if (fs::is_regular_file(first)) {
+    import_lycoris(options);
+    return {};
+  }
   if (!converts) {
-    const auto parts = adapter_parts(options.adapters.front());
-    GRAFT_CHECK(options.adapters.size() == 1 && parts.front() == options.adapters.front(),
+    const auto parts = adapter_parts(first);
+    const bool in_one = options.to == "lycoris" || parts.front() == first;
+    GRAFT_CHECK(options.adapters.size() == 1 && in_one,
                 "export: ", std::max(parts.size(), options.adapters.size()),
                 " adapters; export one of them, such as ", parts.front(),
                 ", or all as one with --as lora");
   }
+  if (options.to == "lycoris") {
+    export_lycoris(options);
+    return {};
+  }
   Adapted a;
-  if (!options.model.empty()) a = converts ? put_on_as_lora(options) : put_on_model(options);
+  if (!options.model.empty()) a = converts ? put_on_as_lora(options) : put_on_model(first, options);
   if (gguf) {
     export_gguf(a, options.output);
     return a.report;
@@ -211,10 +272,7 @@ std::optional<LoraReport> export_adapter(const ExportOptions& options) {
                                   {{"format", "pt"}, {"adapter_config", saved.config.dump()}});
     return a.report;
   }
-  fs::create_directories(options.output);
-  models::io::write_safetensors(options.output + "/adapter_model.safetensors", saved.tensors,
-                                {{"format", "pt"}});
-  write_text(options.output + "/adapter_config.json", saved.config.dump(2) + "\n");
+  write_folder(options.output, saved, {{"format", "pt"}});
   return a.report;
 }
 

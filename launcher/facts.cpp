@@ -66,6 +66,9 @@ std::vector<std::string> adapter_parts(const std::string& directory) {
     return fs::exists(path + "/adapter_config.json");
   };
   if (is_adapter(directory)) return {directory};
+  GRAFT_CHECK(!fs::is_regular_file(directory), ExitCode::kData, directory,
+              ": a file; expected an adapter folder in PEFT's layout. One of LyCORIS's becomes a ",
+              "folder by graft export --to peft");
   std::vector<std::string> parts;
   for (std::string part = directory + "/0"; is_adapter(part);
        part = directory + "/" + std::to_string(parts.size())) {

@@ -23,16 +23,20 @@ void add_export(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("export", "Write an adapter for other programs");
   auto options = std::make_shared<ExportOptions>();
   verb->add_option("--adapter", options->adapters,
-                   "adapter folder; several, innermost first, with --as lora")
+                   "adapter folder; several, innermost first, with --as lora; or a LyCORIS file "
+                   "(with --to peft)")
       ->required();
   verb->add_option("--output", options->output, "folder (peft) or file to write; must not exist")
       ->required();
-  verb->add_option("--to", options->to,
-                   "peft: a clean folder | safetensors: one file | gguf: llama.cpp's LoRA adapter")
+  verb->add_option(
+          "--to", options->to,
+          "peft: a clean folder | safetensors: one file | gguf: llama.cpp's LoRA adapter | "
+          "lycoris: LyCORIS's file")
       ->required()
-      ->check(CLI::IsMember({"peft", "safetensors", "gguf"}));
+      ->check(CLI::IsMember({"peft", "safetensors", "gguf", "lycoris"}));
   verb->add_option("--model", options->model,
-                   "the base: needed for gguf and --as; otherwise checks that the adapter fits it");
+                   "the base: needed for gguf, lycoris and --as; otherwise checks that the adapter "
+                   "fits it");
   verb->add_option("--as", options->as,
                    "lora: what adapters of any mergeable type do, as one LoRA on the plain base")
       ->check(CLI::IsMember({"lora"}));
