@@ -4,7 +4,8 @@
 // k_P and v_P are the layer's own projections of P, neither normed nor rotated. The two softmaxes
 // are separate. P is N(0, 1), g zero: the model is unchanged at step 0, and P moves from the second
 // step on. Not mergeable. Fields and files are those of HF PEFT's AdaptionPromptConfig. The paper's
-// code has one gate a head and applies tanh to it; PEFT, and so we, one a layer without. PEFT adds
+// code has one gate a head and applies tanh to it (gate: heads, g [1, H, 1, 1]), PEFT one a layer
+// without, the default: PEFT's files hold nothing else. PEFT adds
 // through a second product with W_o: the same where W_o has no bias, as in all models it supports
 // (Llama, Mistral).
 #include <ATen/ATen.h>
@@ -25,24 +26,30 @@ namespace {
 struct LlamaAdapterConfig {
   int adapter_len = 10;
   std::optional<int> adapter_layers;
+  std::string gate = "layer";
 
   void fields(configs::Fields& f) {
     f("adapter_len", adapter_len, f.range(1, 65536), "rows of each layer's prompt");
     f("adapter_layers", adapter_layers, f.range(1, 65536),
       "layers with a prompt, from the top; null: all");
+    f("gate", gate, f.one_of({"layer", "heads"}),
+      "layer: one number, as PEFT; heads: tanh of one a head, as the paper's code");
   }
-  static PeftForm peft_form() { return {.type = "ADAPTION_PROMPT"}; }
+  static PeftForm peft_form() { return {.type = "ADAPTION_PROMPT", .ours = {"gate"}}; }
 };
 
 /// Reads the prompt's keys and values, which the projections below left.
 class LlamaAdapterCore : public models::AttentionAdapter {
  public:
-  LlamaAdapterCore(int64_t length, int64_t width, kernels::Key random, at::Device device) {
+  /// @param heads  gates of their own, or 0: one for all
+  LlamaAdapterCore(int64_t length, int64_t width, int64_t heads, kernels::Key random,
+                   at::Device device) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     const Tensor prompt = at::empty({1, length, width}, options);
     kernels::normal(prompt, random);
     prompt_ = register_parameter("prompt", prompt);
-    gate_ = register_parameter("gate", at::zeros({1}, options));
+    gate_ = register_parameter(
+        "gate", heads == 0 ? at::zeros({1}, options) : at::zeros({1, heads, 1, 1}, options));
   }
   Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Core& core,
                  const models::Pass&) override {
@@ -52,7 +59,8 @@ class LlamaAdapterCore : public models::AttentionAdapter {
     const Tensor q_BHGLK = q.unflatten(1, {heads, group});
     const Tensor scores =
         q_BHGLK.matmul(keys.transpose(-1, -2)) / std::sqrt(static_cast<double>(head_dim));
-    const Tensor weights = (gate_ * scores.to(at::kFloat).softmax(-1)).to(q.scalar_type());
+    const Tensor gate = gate_.dim() == 1 ? gate_ : gate_.view({heads, group, 1, 1}).tanh();
+    const Tensor weights = (gate * scores.to(at::kFloat).softmax(-1)).to(q.scalar_type());
     return core(q, k, v) + weights.matmul(values).flatten(1, 2);
   }
   const Tensor& prompt() const { return prompt_; }
@@ -98,7 +106,9 @@ class LlamaAdapter : public Method {
       const LinearSite* v = context.slots.find_linear(attention + ".v");
       GRAFT_CHECK(k != nullptr && v != nullptr, "peft: llama_adapter: ", attention,
                   " has no projections of keys and values");
-      auto core = std::make_shared<LlamaAdapterCore>(config_.adapter_len, k->info.in,
+      const LinearSite* q = context.slots.find_linear(attention + ".q");
+      const int64_t heads = config_.gate == "heads" ? q->info.out / context.info.head_dim : 0;
+      auto core = std::make_shared<LlamaAdapterCore>(config_.adapter_len, k->info.in, heads,
                                                      site_key(context, name), context.device);
       cores[i].slot->push(core);
       k->slot->push(std::make_shared<LlamaAdapterProjection>(core, &LlamaAdapterCore::keys_));
@@ -110,7 +120,9 @@ class LlamaAdapter : public Method {
     }
   }
 
-  std::string peft_type() const override { return LlamaAdapterConfig::peft_form().type; }
+  std::string peft_type() const override {
+    return config_.gate == "layer" ? LlamaAdapterConfig::peft_form().type : "";
+  }
   nlohmann::json to_peft_config(const SlotMap&) const override {
     nlohmann::json config =
         write_peft_entries(LlamaAdapterConfig::peft_form(), configs::describe(config_));

@@ -2,13 +2,18 @@
 // Trains P [num_virtual_tokens, D], put in front of every document; it takes the first positions,
 // and no loss is taken on it. The model is not the base at step 0. Not mergeable. Fields and files
 // are those of HF PEFT's PromptTuningConfig. Initial rows are N(0, 1), or with SAMPLE_VOCAB those
-// of tokens drawn from the whole vocabulary (the paper: from the 5000 most frequent). PEFT's TEXT
+// of tokens drawn from the whole vocabulary, both as PEFT has them. The paper's are uniform within
+// 0.5 (init_range: 0.5) or drawn from the 5000 most frequent tokens (sample_tokens: 5000, which are
+// the first ones where a tokenizer numbers by frequency). PEFT's TEXT
 // needs a tokenizer and is read, where it says nothing about a saved prompt, but not offered.
 #include <ATen/ATen.h>
+
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "configs/check.h"
 #include "kernels/random/random.h"
+#include "peft/draws.h"
 #include "peft/prompt.h"
 
 namespace graft::peft {
@@ -17,15 +22,22 @@ namespace {
 struct PromptTuningConfig {
   int num_virtual_tokens = 20;
   std::string prompt_tuning_init = "RANDOM";
+  double init_range = 0;
+  int sample_tokens = 0;
 
   void fields(configs::Fields& f) {
     f("num_virtual_tokens", num_virtual_tokens, f.range(1, 65536), "rows of the prompt");
     f("prompt_tuning_init", prompt_tuning_init, f.one_of({"RANDOM", "SAMPLE_VOCAB"}),
       "N(0, 1), or the embeddings of tokens drawn from the vocabulary");
+    f("init_range", init_range, f.at_least(0).at_most(1e3),
+      "with RANDOM: uniform within this; 0: N(0, 1)");
+    f("sample_tokens", sample_tokens, f.at_least(0),
+      "with SAMPLE_VOCAB: only the first so many tokens; 0: all");
   }
   static PeftForm peft_form() {
     return {.type = "PROMPT_TUNING",
-            .inert = {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}};
+            .inert = {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+            .ours = {"init_range", "sample_tokens"}};
   }
 };
 
@@ -40,6 +52,11 @@ class PromptTuning : public Method {
     rows_ = std::make_shared<PromptRows>(
         PromptRows::Shape{config_.num_virtual_tokens, {context.info.hidden_size}}, random_,
         context.device);
+    if (config_.init_range > 0) {
+      const at::NoGradGuard no_grad;
+      const Tensor& table = rows_->table();
+      table.copy_(draw_uniform(table.sizes(), config_.init_range, random_, context.device));
+    }
     attach_prompt(context, rows_);
   }
   void initialize(BaseWeights& base) override {
@@ -48,7 +65,10 @@ class PromptTuning : public Method {
     const Tensor embedding = base.weight(*embed_);
     const Tensor u = at::empty({rows_->count()}, at::kFloat);
     kernels::uniform(u, random_);
-    const Tensor ids = (u.to(at::kDouble) * embedding.size(0)).to(at::kLong);
+    const int64_t most = config_.sample_tokens > 0
+                             ? std::min<int64_t>(config_.sample_tokens, embedding.size(0))
+                             : embedding.size(0);
+    const Tensor ids = (u.to(at::kDouble) * most).to(at::kLong);
     rows_->table().copy_(embedding.index_select(0, ids.to(embedding.device())));
   }
 

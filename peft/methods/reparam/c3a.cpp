@@ -4,7 +4,8 @@
 // Trains w [out / b, in / b, b]: in out / b numbers, of any rank. Init: Xavier-uniform on the whole
 // matrix's sizes, so the model is NOT the base at step 0 unless init_weights is true (zeros).
 // Mergeable. The transforms run in float32. Fields and files are those of HF PEFT's C3AConfig,
-// whose block_size is 256 by default and whose division by `in` the paper does not have. PEFT
+// whose block_size is 256 by default and whose division by `in` the paper does not have
+// (divide_by_in: false, not PEFT's any more). PEFT
 // 0.21.2's own backward gives the input a wrong gradient (torch.autograd.gradcheck), so layers
 // below train differently there.
 #include <ATen/ATen.h>
@@ -23,6 +24,7 @@ struct C3aConfig {
   configs::Auto<int> block_size;
   std::map<std::string, int> block_size_pattern;
   std::string init_weights = "xavier_uniform";
+  bool divide_by_in = true;
 
   void fields(configs::Fields& f) {
     f("block_size", block_size, f.at_least(1),
@@ -32,8 +34,12 @@ struct C3aConfig {
     f("init_weights", init_weights,
       f.one_of({"xavier_uniform", "kaiming_uniform", "gaussian", "true", "false"}),
       "true: zeros, the base; false: as xavier_uniform");
+    f("divide_by_in", divide_by_in, "the update is C / in, as PEFT has it; false: C, the paper's");
   }
-  static PeftForm peft_form() { return {.type = "C3A", .bias_only = "c3a_only"}; }
+  static PeftForm peft_form() {
+    return {.type = "C3A", .bias_only = "c3a_only", .ours = {"divide_by_in"}};
+  }
+  bool is_pefts() const { return divide_by_in; }
   bool starts_as_base() const { return init_weights == "true"; }
 
   int64_t block(const LinearSite& site) const {
@@ -51,7 +57,10 @@ struct C3aConfig {
 class C3aLinear : public models::LinearAdapter {
  public:
   C3aLinear(const C3aConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : in_(site.info.in), out_(site.info.out), b_(c.block(site)) {
+      : in_(site.info.in),
+        out_(site.info.out),
+        b_(c.block(site)),
+        divisor_(c.divide_by_in ? static_cast<double>(in_) : 1) {
     const std::vector<int64_t> shape = {out_ / b_, in_ / b_, b_};
     const auto in = static_cast<double>(in_), out = static_cast<double>(out_);
     const double bound =
@@ -67,19 +76,20 @@ class C3aLinear : public models::LinearAdapter {
     const Tensor x_f = at::fft_rfft(x.to(at::kFloat).unflatten(-1, {-1, b_}));
     const Tensor w_f = at::fft_rfft(w_MNB_).conj();
     const Tensor y_f = at::einsum("...nf,mnf->...mf", {x_f, w_f});
-    return y + (at::fft_irfft(y_f, b_).flatten(-2) / in_).to(y.scalar_type());
+    return y + (at::fft_irfft(y_f, b_).flatten(-2) / divisor_).to(y.scalar_type());
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
     const Tensor k = at::arange(b_, w_MNB_.options().dtype(at::kLong));
     const Tensor places = (k.unsqueeze(0) - k.unsqueeze(1)).remainder(b_);
     const Tensor delta_MNKJ = w_MNB_.index({at::indexing::Ellipsis, places});
-    const Tensor delta = delta_MNKJ.permute({0, 2, 1, 3}).reshape({out_, in_}) / in_;
+    const Tensor delta = delta_MNKJ.permute({0, 2, 1, 3}).reshape({out_, in_}) / divisor_;
     return w + delta.to(w.scalar_type());
   }
 
  private:
   int64_t in_, out_, b_;
+  double divisor_;
   Tensor w_MNB_;
 };
 

@@ -3,7 +3,8 @@
 // Trains A [r, in] (Kaiming-uniform), B [out, r] (zeros) and the bound l, delora_lambda [1]: the
 // model is unchanged at step 0. n is delora_w_norm [in], taken from the base at the start and
 // saved. Mergeable. Fields and files are those of HF PEFT's DeloraConfig. The paper scales by |W|
-// as a whole; PEFT and we by the norms of its columns. As in PEFT lengths below 1e-4 count as that.
+// as a whole (norms: matrix), PEFT by the norms of its columns, the default; a file holds them, so
+// PEFT computes either. As in PEFT lengths below 1e-4 count as that.
 #include <ATen/ATen.h>
 
 #include <map>
@@ -20,6 +21,7 @@ struct DeloraConfig {
   int r = 8;
   double delora_lambda = 15;
   double module_dropout = 0;
+  std::string norms = "columns";
   std::map<std::string, int> rank_pattern;
   std::map<std::string, double> lambda_pattern;
 
@@ -27,11 +29,14 @@ struct DeloraConfig {
     f("r", r, f.range(1, 4096), "rank, the inner size");
     f("delora_lambda", delora_lambda, f.positive().at_most(1e30), "first bound of the update");
     f("module_dropout", module_dropout, f.at_least(0).below(1), "on the adapter's input");
+    f("norms", norms, f.one_of({"columns", "matrix"}),
+      "n: of each column of W, or |W| in all places");
     f("rank_pattern", rank_pattern, f.range(1, 4096), "other ranks by slot, suffix or glob");
     f("lambda_pattern", lambda_pattern, f.positive().at_most(1e30), "other delora_lambda by slot");
   }
   static PeftForm peft_form() {
-    return {.type = "DELORA", .bias_only = "delora_only", .inert = {"init_weights"}};
+    return {
+        .type = "DELORA", .bias_only = "delora_only", .inert = {"init_weights"}, .ours = {"norms"}};
   }
 };
 
@@ -54,8 +59,9 @@ class DeloraLinear : public models::LinearAdapter {
             {"delora_lambda", "delora_lambda"},
             {"delora_w_norm", "delora_w_norm"}};
   }
-  void initialize(const DeloraConfig&, const LinearSite& site, BaseWeights& base) {
-    norms_.copy_(base.weight(site).norm(2, 0));
+  void initialize(const DeloraConfig& c, const LinearSite& site, BaseWeights& base) {
+    const Tensor w = base.weight(site);
+    norms_.copy_(c.norms == "matrix" ? w.norm() : w.norm(2, 0));
   }
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
     return kernels::lowrank_add(base(x), dropout(x, dropout_, pass, random_), scaled_a(), b_, 1);

@@ -4,8 +4,8 @@
 // step 0 up to rounding; an odd r starts at random, elsewhere. Mergeable. With apply_GS the columns
 // are made orthonormal (Q), the chain is I - 2 Q Q^T, which is the identity nowhere: it starts at
 // random too. (PEFT starts it with pairs, whose second column is then the rounding error of the
-// first.) Fields and files are those of HF PEFT's HRAConfig. The paper's penalty |U^T U - I|^2 is
-// not in PEFT and not here.
+// first.) Fields and files are those of HF PEFT's HRAConfig. The paper adds orth_penalty |U^T U -
+// I|^2 to the loss, PEFT does not: 0 is the default.
 //
 // The input is turned instead of the matrix, by the compact WY form of the chain:
 // H_1 ... H_r = I - U S^-1 U^T, S = triu(U^T U, 1) + I / 2, for columns of length 1.
@@ -26,13 +26,19 @@ struct HraConfig {
   Targets targets;
   int r = 8;
   bool apply_GS = false;
+  double orth_penalty = 0;
 
   void fields(configs::Fields& f) {
     f("r", r, f.range(1, 4096), "number of reflections; even, to start at the base");
     f("apply_GS", apply_GS, "make the reflections orthogonal to each other (Gram and Schmidt)");
+    f("orth_penalty", orth_penalty, f.at_least(0).at_most(1e6),
+      "the paper's lambda: how much the columns are to be orthonormal");
   }
   static PeftForm peft_form() {
-    return {.type = "HRA", .bias_only = "hra_only", .inert = {"init_weights"}};
+    return {.type = "HRA",
+            .bias_only = "hra_only",
+            .inert = {"init_weights"},
+            .ours = {"orth_penalty"}};
   }
   bool starts_as_base() const { return false; }  // not bit for bit
 };
@@ -49,6 +55,11 @@ class HraLinear : public models::LinearAdapter {
     u_ = register_parameter("u", u);
   }
   static std::vector<Leaf> leaves() { return {{"u", "hra_u"}}; }
+  /// Adds the gradient of weight |U^T U - I|^2.
+  void add_penalty(double weight) const {
+    const Tensor excess = u_.t().mm(u_) - at::eye(u_.size(1), u_.options());
+    u_.grad().add_(u_.mm(excess), 4 * weight);
+  }
 
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
     const auto [u, m] = factors();
@@ -76,11 +87,19 @@ class HraLinear : public models::LinearAdapter {
   Tensor u_;
 };
 
+class Hra : public LinearMethod<HraConfig, HraLinear> {
+ public:
+  void after_reduce(const StepInfo&) override {
+    const at::NoGradGuard no_grad;
+    if (config_.orth_penalty == 0) return;
+    for (const auto& adapter : adapters_) adapter->add_penalty(config_.orth_penalty);
+  }
+};
+
 }  // namespace
 
 void register_hra(MethodRegistry& registry, const MethodFacts& facts) {
-  registry.add({facts.name, facts.summary,
-                [] { return std::make_unique<LinearMethod<HraConfig, HraLinear>>(); }});
+  registry.add({facts.name, facts.summary, [] { return std::make_unique<Hra>(); }});
 }
 
 }  // namespace graft::peft
