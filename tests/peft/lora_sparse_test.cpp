@@ -142,6 +142,26 @@ TEST(LoraSparse, TheEstimateLearnsWhichKeysMatter) {
   EXPECT_GT(recall(watched), untrained + 0.15);
 }
 
+TEST(LoraSparse, WithACacheItChoosesTheSameKeys) {
+  OneSlot slot("lora_sparse", "{top_k: 3}");
+  const Tensor tokens = make_lane(0).batch.tokens_BL.slice(0, 0, 1);
+  const Tensor expected = slot.tiny.logits(make_batch(tokens, tokens));
+  for (int text = 0; text < 2; ++text) {  // the second finds nothing of the first
+    models::KvCache cache;
+    models::Pass pass;
+    pass.want = models::Want::kLogits;
+    pass.cache = &cache;
+    std::vector<Tensor> parts;
+    for (const auto& [begin, end] : {std::pair{0, 5}, std::pair{5, 6}, std::pair{6, 12}}) {
+      const Tensor part = tokens.slice(1, begin, end);
+      models::Lane lane{make_batch(part, part), 0};
+      lane.batch.positions_BL = lane.batch.positions_BL + begin;
+      parts.push_back(slot.tiny.trunk->forward({&lane, 1}, pass).front());
+    }
+    EXPECT_TRUE(at::allclose(at::cat(parts, 1), expected, 1e-4, 1e-4)) << "text " << text;
+  }
+}
+
 TEST(LoraSparse, SvdStartsAtTheScoresWherePositionsDoNotTurnThem) {
   // At full rank S is x W_q W_k x / sqrt(K), the score of a position with itself.
   const OneSlot moved("lora_sparse", "{}");
