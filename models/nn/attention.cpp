@@ -99,7 +99,7 @@ Tensor by_document(const Tensor& q, const Tensor& k, const Tensor& v, const Sequ
     for (size_t s = 0; s < qs.size(); ++s) {
       parts.push_back(
           real[s] ? one_document(qs[s].unsqueeze(0), own(ks, s), own(vs, s), window).squeeze(0)
-                  : at::zeros_like(qs[s]));
+                  : at::zeros_like(vs[s + 1]));
     }
     rows.push_back(parts.size() == 1 ? parts.front() : at::cat(parts, 1));
   }

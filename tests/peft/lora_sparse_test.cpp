@@ -162,6 +162,19 @@ TEST(LoraSparse, WithACacheItChoosesTheSameKeys) {
   }
 }
 
+TEST(LoraSparse, PaddingBehindADocumentChangesNothing) {
+  OneSlot slot("lora_sparse", "{top_k: 3}");
+  const Tensor tokens = make_lane(0).batch.tokens_BL.slice(0, 0, 1), real = tokens.slice(1, 0, 8);
+  data::Batch padded = make_batch(tokens, tokens);
+  padded.documents_BL.slice(1, 8).fill_(-1);
+  padded.labels_BL.slice(1, 7).fill_(-100);
+  padded.num_targets = 7, padded.num_tokens = 8;
+  EXPECT_TRUE(at::allclose(slot.tiny.logits(padded).slice(1, 0, 8),
+                           slot.tiny.logits(make_batch(real, real)), 1e-4, 1e-4));
+  const models::Lane with{padded, 0}, without{make_batch(real, real), 0};
+  EXPECT_NEAR(slot.tiny.sweep({with}, 1).loss, slot.tiny.sweep({without}, 1).loss, 1e-4);
+}
+
 TEST(LoraSparse, SvdStartsAtTheScoresWherePositionsDoNotTurnThem) {
   // At full rank S is x W_q W_k x / sqrt(K), the score of a position with itself.
   const OneSlot moved("lora_sparse", "{}");
