@@ -15,19 +15,24 @@ loftq     runs on the CPU; alpha = r, the only case it is right for
 """
 
 import argparse
+import dataclasses
 import inspect
 import json
 import pathlib
 import shutil
+import sys
+import types
 import warnings
 
 import peft
 import torch
 import transformers
 from make_fixtures import rows_and_labels
-from peft.tuners.lora import corda, eva, layer, loraga
-from peft.utils import incremental_pca, loftq_utils
-from safetensors.torch import save_file
+
+sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))  # no requirement here: CorDA's
+from peft.tuners.lora import corda, eva, layer, loraga  # noqa: E402
+from peft.utils import incremental_pca, loftq_utils  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 COMMON = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}

@@ -189,7 +189,7 @@ INSTANTIATE_TEST_SUITE_P(Starts, LoraStartPeftOracle, testing::ValuesIn(start_na
 
 /// A matrix with singular values that fall as trained ones do.
 Tensor falling(int64_t out, int64_t in) {
-  const auto [u, s, vt] = at::linalg_svd(fill("w", {out, in}, 1), false);
+  const auto [u, s, vt] = at::linalg_svd(peft::fill("w", {out, in}, 1), false);
   return (u * at::pow(at::arange(1, s.size(0) + 1), -0.7)).mm(vt);
 }
 
@@ -258,10 +258,10 @@ TEST(LoraStart, OloraHasOrthonormalColumnsAndMicaTheSmallestDirections) {
 }
 
 TEST(Eva, FindsTheSubspaceThatTheRowsComeFrom) {
-  const Tensor basis = std::get<0>(at::linalg_qr(fill("basis", {48, 3}, 1)));
+  const Tensor basis = std::get<0>(at::linalg_qr(peft::fill("basis", {48, 3}, 1)));
   IncrementalPca pca(5, 0.999999);
   for (int batch = 0; batch < 4; ++batch)
-    pca.fit(fill("rows" + std::to_string(batch), {40, 3}, 1).mm(basis.t()) + 0.5);
+    pca.fit(peft::fill("rows" + std::to_string(batch), {40, 3}, 1).mm(basis.t()) + 0.5);
   const Tensor shared = pca.components().slice(0, 0, 3).mm(basis);
   EXPECT_NEAR(std::get<1>(at::linalg_svd(shared)).min().item<double>(), 1, 1e-6);
   EXPECT_NEAR(pca.explained_variance_ratio().slice(0, 0, 3).sum().item<double>(), 1, 1e-4);

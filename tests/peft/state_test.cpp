@@ -230,6 +230,7 @@ TEST_F(Directories, WhatOnlyGraftKnowsIsInTheMetadataOfTheTensors) {
   EXPECT_EQ(nlohmann::json::parse(saved.metadata.at("graft")),
             (nlohmann::json{{"method", "lora"},
                             {"base_fingerprint", "print"},
+                            {"calibration_samples", 64},
                             {"loraplus_lr_ratio", 1.0},
                             {"lora_fa", false}}));
 }
