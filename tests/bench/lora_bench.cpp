@@ -1,8 +1,8 @@
 // What adapters cost in a training step of the SmolLM2-135M shape, 1 x 512 tokens, NF4 base: LoRA
 // r 16 on all linears over the bare step, in which gradients flow through the frozen model to its
 // input and nothing is trained; and frozen LoRAs under the trained one, as one product and nested.
-// All in one process and in turns, so compare the rows of a run. The limit is the arithmetic of a
-// row over that of its base. Usage: lora_bench [threads [rounds]]
+// All in one process and in turns, so compare the rows of a run. Beside a row's time over that
+// of the bare step stands its arithmetic over the bare step's. Usage: lora_bench [threads [rounds]]
 #include <ATen/Parallel.h>
 
 #include <chrono>
@@ -125,8 +125,8 @@ int main(int argc, char** argv) {
     saved.jitter();
     saved.save(folder.path());
   }
-  std::printf("%-10s %-34s %10s %8s %8s   (best of %d, %d threads)\n", "compute", "step", "ms",
-              "limit", "ours", rounds, threads);
+  std::printf("%-10s %-34s %10s %8s %8s   (over bare; best of %d, %d threads)\n", "compute", "step",
+              "ms", "flops", "time", rounds, threads);
   for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16})
     bench(dtype, folder.path(), threads, rounds);
 }
