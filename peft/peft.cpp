@@ -110,7 +110,6 @@ std::shared_ptr<WholeTensors> Peft::attach_with_head(Method& method, AttachConte
 }
 
 void Peft::attach_frozen(const std::string& directory, double weight, std::string name) {
-  GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
   check_task(directory);
   Frozen frozen;
   frozen.method = method_of_directory(directory, frozen.method_name);
@@ -119,6 +118,7 @@ void Peft::attach_frozen(const std::string& directory, double weight, std::strin
   frozen.weight = weight;
   const AdapterFile file(directory);
   file.check_modules(slots_);
+  GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
   AttachContext context{slots_,  model_.info(), frozen.params,
                         random_, device_,       "frozen" + std::to_string(frozen_.size()) + "."};
   try {
