@@ -3,10 +3,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <span>
 
 #include "configs/check.h"
+#include "dist/top_k.h"
 #include "launcher/progress.h"
 #include "peft/observer.h"
 
@@ -48,6 +50,10 @@ peft::Calibration calibration_of(const std::vector<peft::Peft::Start>& starts) {
   peft::Calibration all;
   for (const auto& start : starts) {
     const peft::Calibration one = start.method->calibration();
+    GRAFT_CHECK(one.rows == 0 || all.rows == 0 || one.one_document == all.one_document,
+                "peft: a method that looks at one document at a time cannot be combined with one "
+                "that looks at micro-batches of the run");
+    all.one_document = all.one_document || one.one_document;
     all.rows = std::max(all.rows, one.rows);
     all.gradients = all.gradients || one.gradients;
   }
@@ -66,7 +72,7 @@ void observe(const StartInputs& inputs, const std::vector<peft::Peft::Start>& st
                     }});
   }
   models::Trunk& trunk = inputs.load_base();
-  std::vector<models::Lane> lanes = inputs.rows(wanted.rows);
+  std::vector<models::Lane> lanes = inputs.rows(wanted);
   peft::Observer observer(
       std::move(seen), inputs.model.num_stages(),
       wanted.gradients ? peft::Observer::Gradients::kYes : peft::Observer::Gradients::kNo);
@@ -107,6 +113,36 @@ std::vector<Tensor> broadcast(dist::Comm& host, std::vector<Tensor> values, int 
   return values;
 }
 
+/// Methods that choose among all their slots' values: each rank brings the scores of the slots that
+/// it watched, and all get the same places.
+void choose(const StartInputs& inputs, const std::vector<peft::Peft::Start>& starts,
+            const std::function<int(size_t)>& owner) {
+  std::map<peft::Method*, std::vector<size_t>> choosing;
+  for (size_t i = 0; i < starts.size(); ++i) {
+    if (starts[i].method->share_chosen() > 0) choosing[starts[i].method].push_back(i);
+  }
+  for (const auto& [method, members] : choosing) {
+    int64_t total = 0;
+    std::vector<dist::CutVector> scores;
+    for (const size_t i : members) {
+      const peft::LinearSite& site = *starts[i].site;
+      const int64_t numel = site.info.in * site.info.out;
+      total += numel;
+      std::vector<dist::Slice> slices;
+      for (int r = 0; r < inputs.host.size(); ++r)
+        slices.push_back({r > owner(i) ? numel : 0, r < owner(i) ? 0 : numel});
+      const bool mine = owner(i) == inputs.host.rank();
+      scores.push_back({numel, slices, mine ? method->scores(site) : at::empty({0})});
+    }
+    const double share = method->share_chosen();
+    const auto count = static_cast<int64_t>(share * static_cast<double>(total));
+    GRAFT_CHECK(count > 0, "peft: a share of ", share, " of ", total, " values is less than one");
+    const auto places = dist::global_top_k(inputs.host, scores, count);
+    for (size_t k = 0; k < members.size(); ++k)
+      method->adopt(*starts[members[k]].site, {places[k]});
+  }
+}
+
 }  // namespace
 
 void set_starts(const StartInputs& inputs) {
@@ -123,10 +159,12 @@ void set_starts(const StartInputs& inputs) {
   if (wanted.rows > 0) observe(inputs, starts, mine, wanted);
 
   const at::NoGradGuard no_grad;
+  choose(inputs, starts, owner);
   const auto weights = models::match_weights(inputs.model, inputs.source);
   Progress progress("first values");
   for (size_t i = 0; i < starts.size(); ++i) {
     const auto& [method, site] = starts[i];
+    if (method->share_chosen() > 0) continue;
     const auto item = [&, &site = site] {
       const auto named = [&](const std::string& name) {
         return std::find_if(weights.begin(), weights.end(),

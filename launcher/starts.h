@@ -24,7 +24,7 @@ struct StartInputs {
   /// The base as its file has it, loaded; called at most once, if a method wants to see rows.
   std::function<models::Trunk&()> load_base;
   /// Micro-batches that hold the first so many rows of the run, the same on every rank.
-  std::function<std::vector<models::Lane>(int64_t rows)> rows;
+  std::function<std::vector<models::Lane>(const peft::Calibration& wanted)> rows;
 };
 
 /// Sets the first values of Peft::starts(). Collective.

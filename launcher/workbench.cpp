@@ -75,17 +75,20 @@ std::vector<models::SourceHash> fill_store(Workbench& bench, models::io::TensorS
   return models::load_weights(*bench.model, *bench.store, source, options);
 }
 
-/// The first rows that the run will train on, whole micro-batches of it, the same on every rank.
-std::vector<models::Lane> first_rows(const Run& run, const World& world, int64_t rows) {
+/// The first rows that the run will train on, whole micro-batches of it or a document each, the
+/// same on every rank.
+std::vector<models::Lane> first_rows(const Run& run, const World& world,
+                                     const peft::Calibration& wanted) {
   GRAFT_CHECK(!run.data.train.values.empty(),
               "peft: a method starts from the first rows of data.train, which names no shards");
   data::LoaderConfig config = train_loader_config(run, world);
   config.num_lanes = config.num_local_lanes = 1, config.first_lane = 0;
+  if (wanted.one_document) config.packing = data::Packing::kOff, config.rows_per_lane = 1;
   config.report = [](const data::BadSample& bad) { log::warn("skipping " + bad.reason); };
   data::Loader loader(config);
   std::vector<models::Lane> lanes;
   for (bool last = false;
-       !last && static_cast<int64_t>(lanes.size()) * config.rows_per_lane < rows;) {
+       !last && static_cast<int64_t>(lanes.size()) * config.rows_per_lane < wanted.rows;) {
     data::Loader::Step step = loader.next();
     last = step.last_of_epoch;
     const auto number = static_cast<int64_t>(lanes.size());
@@ -124,8 +127,9 @@ void load_base(Workbench& bench, const Run& config) {
     return *bench.trunk;
   };
   peft::Peft& adapters = *bench.adapters;
-  set_starts({*bench.model, adapters, *bench.world.host, *source, options, bench.world.device, load,
-              [&](int64_t rows) { return first_rows(config, bench.world, rows); }});
+  set_starts(
+      {*bench.model, adapters, *bench.world.host, *source, options, bench.world.device, load,
+       [&](const peft::Calibration& wanted) { return first_rows(config, bench.world, wanted); }});
   // In four bits the file's codes stay as they are: there the adapters compute on the plain base.
   const bool prepared = adapters.changes_base() && !models::holds_four_bit(*source);
   if (prepared) {

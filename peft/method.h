@@ -59,6 +59,8 @@ class PlainMatrix {
 struct Calibration {
   int64_t rows = 0;        ///< the first ones, in the order of the run; 0: none
   bool gradients = false;  ///< those of the loss too
+  /// A document a micro-batch, whatever the run packs; else its micro-batches.
+  bool one_document = false;
 };
 
 /// What passed a slot in one micro-batch of calibration, without padding.
@@ -94,6 +96,12 @@ class Method {
   virtual std::vector<Tensor> start(const LinearSite& /*site*/, PlainMatrix& /*matrix*/) {
     return {};
   }
+  /// A method that keeps the best of all its slots' values says which share; 0: it does not. Then
+  /// scores() takes the place of start(), and adopt() gets the numbers of a slot's chosen elements:
+  /// row-major, ascending, int64.
+  virtual double share_chosen() const { return 0; }
+  /// Of a slot's elements, from 0 up, float32 [out * in], on the CPU; asked for once.
+  virtual Tensor scores(const LinearSite& /*site*/) { return {}; }
   /// On every rank, slot by slot.
   virtual void adopt(const LinearSite& /*site*/, std::vector<Tensor> /*values*/) {}
   /// All slots are adopted. No optimiser exists yet, so here and in adopt() a parameter may change

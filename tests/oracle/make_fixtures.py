@@ -16,6 +16,10 @@ DIR/<case>/full.safetensors     grad.<name>         float32              of loss
 DIR/<case>/full.json            losses of ten AdamW steps of all parameters, and with max_grad_norm 1, as in `train`;
                                 FULL has their learning rate and weight decay
 
+DIR/<case>/fish.safetensors     places.<module>     int64   [n]          row-major, of the values with the largest Fisher information
+                                                                     of the two rows, each a sample, over all linear layers
+DIR/<case>/fish.json            how many of how many, and losses of ten AdamW steps of these values, as in `train`
+
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
 Beside them DIR/peft_methods/<name>/ and DIR/lora_starts/<name>.*: see peft_methods.py and lora_starts.py;
@@ -157,6 +161,47 @@ def write_full(config, batch, directory):
     (directory / "full.json").write_text(json.dumps(FULL | losses, indent=2) + "\n")
 
 
+def write_fish(config, batch, directory):
+    """A loop with batch 1 for the Fisher information; then the values of the mask as parameters of their own."""
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    set_parameters(model.named_parameters(), base_weight)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    fisher = {n: torch.zeros_like(m.weight) for n, m in linears.items()}
+    for row in range(ROWS):
+        model.zero_grad()
+        one = {key: value[row:row + 1] for key, value in batch.items()}
+        (model(**one).loss * (one["labels"][:, 1:] != -100).sum()).backward()
+        for name, module in linears.items():
+            fisher[name] += module.weight.grad**2
+    flat = torch.cat([f.flatten() for f in fisher.values()])
+    order = flat.argsort(descending=True, stable=True)
+    count = int(0.01 * flat.numel())
+    while flat[order[count - 1]] < 1.001 * flat[order[count]]:  # a gap that rounding cannot close
+        count += 1
+    chosen, begin, places, values = order[:count], 0, {}, {}
+    for name, module in linears.items():
+        end = begin + module.weight.numel()
+        places[name] = (chosen[(chosen >= begin) & (chosen < end)] - begin).sort().values
+        values[name] = torch.nn.Parameter(torch.zeros(len(places[name])))
+        begin = end
+    weights = {n: m.weight.detach().clone() for n, m in linears.items()}
+
+    def sparse_weights():
+        return {f"{n}.weight": (w.flatten().scatter_add(0, places[n], values[n])).view_as(w) for n, w in weights.items()}
+
+    optimizer = torch.optim.AdamW(values.values(), lr=TRAIN["learning_rate"], weight_decay=0.0)
+    losses = []
+    for _ in range(TRAIN["steps"]):
+        optimizer.zero_grad()
+        loss = torch.func.functional_call(model, sparse_weights(), kwargs=batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    save_file({f"places.{n}": p for n, p in places.items()}, directory / "fish.safetensors")
+    facts = {"count": count, "total": flat.numel(), "losses": losses}
+    (directory / "fish.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
 def write_case(name, config, directory):
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -172,6 +217,7 @@ def write_case(name, config, directory):
 
     if not name.endswith("nf4"):
         write_full(config, batch, directory)
+        write_fish(config, batch, directory)
 
     lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
     model.name_or_path = name

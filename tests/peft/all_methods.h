@@ -27,6 +27,7 @@ inline std::string defaults(const std::string& method) {
   static const std::map<std::string, std::string> fitted = {
       {"adapter_drop", "{leave_out: [0], drop_up_to: 0}"},  // of two layers one
       {"c3a", "{target_modules: all-linear}"},              // moves by 1 / in of a value
+      {"fish_mask", "{keep: 0.1}"},  // of the tiny matrices, so that each has some
       {"fourierft", "{n_frequency: 300}"},
       {"mam",  // fewer kinks of ReLU
        "{prefix_tuning: {num_virtual_tokens: 3, encoder_hidden_size: 24}, bottleneck: "

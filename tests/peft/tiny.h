@@ -134,7 +134,7 @@ class Tiny : BaseWeights {
       return *trunk;
     };
     launcher::set_starts({*model, adapters, *comm_, source, options, at::kCPU, fill,
-                          [this](int64_t) { return first_rows; }});
+                          [this](const Calibration&) { return first_rows; }});
     if (adapters.changes_base()) {
       prepared.prepare_weight = [&](const std::string& name, Tensor w) {
         return adapters.prepare_weight(name, std::move(w));

@@ -9,6 +9,7 @@
 
 #include "peft/draws.h"
 #include "peft/linear_method.h"
+#include "peft/sparse_delta.h"
 
 namespace graft::peft {
 namespace {
@@ -32,16 +33,16 @@ struct ShiraConfig {
 class ShiraLinear : public models::LinearAdapter {
  public:
   ShiraLinear(const ShiraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : name_(site.name), in_(site.info.in), out_(site.info.out) {
+      : delta_(site.name, "shira_indices", site.info.out, site.info.in),
+        in_(site.info.in),
+        out_(site.info.out) {
     const int64_t n = c.r * (in_ + out_);
-    GRAFT_CHECK(n <= in_ * out_, "peft: ", name_, ": r = ", c.r, " means ", n,
+    GRAFT_CHECK(n <= in_ * out_, "peft: ", site.name, ": r = ", c.r, " means ", n,
                 " values, the matrix has ", in_ * out_, "; r is at most ",
                 in_ * out_ / (in_ + out_));
     const uint64_t seed = c.random_seed ? static_cast<uint64_t>(*c.random_seed) : random.stream;
-    const Tensor places = std::get<0>(first_of_randperm(in_ * out_, n, seed).sort());
-    places_ = register_buffer(
-        "shira_indices",
-        at::stack({places.div(in_, "floor"), places.remainder(in_)}).to(device, at::kInt));
+    const Tensor numbers = std::get<0>(first_of_randperm(in_ * out_, n, seed).sort());
+    places_ = register_buffer("shira_indices", places_of(numbers, in_, device));
     values_ = register_parameter("shira_weight",
                                  draw_normal({n}, c.init_weights ? 0 : 1, random, device));
   }
@@ -56,32 +57,11 @@ class ShiraLinear : public models::LinearAdapter {
   Tensor merged(const Tensor& w) const override { return w + delta().to(w.scalar_type()); }
 
  private:
-  Tensor delta() const {
-    return at::zeros({out_ * in_}, values_.options())
-        .scatter_add(0, flat_places(), values_)
-        .view({out_, in_});
-  }
-  /// Row-major numbers, made again when the places have been loaded.
-  const Tensor& flat_places() const {
-    if (flat_.defined() && version_ == places_._version()) return flat_;
-    const Tensor rows = places_[0].to(at::kLong), columns = places_[1].to(at::kLong);
-    const bool inside = at::logical_and(rows.ge(0), rows.lt(out_))
-                            .logical_and(columns.ge(0))
-                            .logical_and(columns.lt(in_))
-                            .all()
-                            .item<bool>();
-    GRAFT_CHECK(inside, ExitCode::kData, "peft: ", name_,
-                ": shira_indices hold a place outside of [", out_, ", ", in_, "]");
-    flat_ = rows * in_ + columns;
-    version_ = places_._version();
-    return flat_;
-  }
+  Tensor delta() const { return delta_.dense(values_, places_); }
 
-  std::string name_;
+  SparseDelta delta_;
   int64_t in_, out_;
   Tensor places_, values_;
-  mutable Tensor flat_;  // of places_ as they were at version_
-  mutable uint32_t version_ = 0;
 };
 
 }  // namespace
