@@ -53,7 +53,7 @@ CASES = {
     "eva_whiten": {"init_lora_weights": "eva",
                    "eva_config": {"rho": 1.5, "use_label_mask": False, "whiten": True, "adjust_scaling_factors": False}},
 }
-SECTIONS = {"eva_config": peft.EvaConfig, "corda_config": peft.tuners.lora.CordaConfig,
+SECTIONS = {"eva_config": peft.EvaConfig, "corda_config": peft.tuners.lora.config.CordaConfig,
             "lora_ga_config": peft.LoraGAConfig, "loftq_config": peft.LoftQConfig}
 
 

@@ -22,8 +22,8 @@ DIR/<case>/fish.json            how many of how many, and losses of ten AdamW st
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
-Beside them DIR/peft_methods/<name>/ and DIR/lora_starts/<name>.*: see peft_methods.py and lora_starts.py;
-DIR/optimisers.safetensors: see optimisers.py; DIR/adapter_sums.safetensors: see adapter_sums.py.
+Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/optimisers.safetensors: see optimisers.py;
+DIR/adapter_sums.safetensors: see adapter_sums.py.
 """
 
 import argparse
@@ -257,15 +257,13 @@ def main():
     for name, config in CASES.items():
         write_case(name, config, output / name)
     import adapter_sums
-    import lora_starts  # which import this file
     import optimisers
-    import peft_methods
+    import peft_methods  # which imports this file
 
     optimisers.write(output / "optimisers.safetensors")
 
     peft_methods.write(output / "qwen2/model", output / "peft_methods")
     adapter_sums.write(output / "qwen2/model", output / "peft_methods", output / "adapter_sums.safetensors")
-    lora_starts.write(output / "qwen2/model", output / "lora_starts")  # last: it changes PEFT
 
 
 if __name__ == "__main__":
