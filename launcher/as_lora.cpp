@@ -64,7 +64,7 @@ peft::MethodEntry lora_entry(const std::map<std::string, int64_t>& ranks) {
 
 }  // namespace
 
-LowRank low_rank(const Tensor& change, int64_t rank) {
+LowRank factorised(const Tensor& change, int64_t rank) {
   constexpr double kRounding = 1e-11;  // of the largest singular value
   const Tensor q = column_space(change);
   const auto [u, s, vh] = at::linalg_svd(q.t().mm(change), /*full_matrices=*/false);
@@ -119,7 +119,7 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
                 " is the vector of a norm, and a LoRA holds changes of matrices only");
     const bool table = site->info.kind == models::LinearKind::kEmbedding;
     const Tensor change = change_of(*site, base.weight(*site).to(at::kDouble));
-    const LowRank low = low_rank(table ? change.t() : change, rank);
+    const LowRank low = factorised(table ? change.t() : change, rank);
     const int64_t r = low.a.size(0), in = low.a.size(1), out = low.b.size(0);
     lora_elems += r * (in + out), matrix_elems += in * out;
     if (low.exact == std::min(in, out)) full = site->name;

@@ -22,7 +22,7 @@ struct LowRank {
 /// The best approximation of a rank, from the singular values.
 /// @param change  D [out, in], float64
 /// @param rank    at most; 0: D's own, whose B A is D up to rounding. A zero matrix has rank 1
-LowRank low_rank(const at::Tensor& change, int64_t rank);
+LowRank factorised(const at::Tensor& change, int64_t rank);
 
 /// What became of the changes.
 struct LoraReport {

@@ -84,6 +84,7 @@ using Parts = std::map<std::string, std::vector<FusionPart>>;
 std::string add_concept(World& world, Run run, const std::string& directory,
                         const std::string& data, const std::vector<std::string>& names,
                         Parts& parts) {
+  run.peft.clear();
   run.model.adapters.values = adapter_parts(directory);
   run.data.eval = data.c_str();
   Workbench bench = build_workbench(world, run);
@@ -165,9 +166,8 @@ FuseReport fuse_adapters(World& world, const Run& run, const FuseOptions& option
   GRAFT_CHECK(options.adapters.size() == options.data.size(), "fuse: ", options.adapters.size(),
               " adapters and data for ", options.data.size(),
               "; --data is needed for each --adapter");
-  GRAFT_CHECK(
-      run.peft.empty() && run.model.adapters.values.empty(),
-      "fuse: the config trains or stacks adapters of its own; leave out peft and model.adapters");
+  GRAFT_CHECK(run.model.adapters.values.empty(),
+              "fuse: model.adapters of the config would be fused into each; leave it out");
   GRAFT_CHECK(!fs::exists(options.output), "fuse: ", options.output,
               " exists; nothing is overwritten");
   const auto names = changed_matrices(run.model.name_or_path, options);

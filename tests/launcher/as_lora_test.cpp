@@ -28,7 +28,7 @@ class GoldenWeights : public peft::BaseWeights {
 
 TEST(LowRank, OfAProductIsItsRankAndLosesNothing) {
   const Tensor d = peft::fill("b", {40, 3}, 1).mm(peft::fill("a", {3, 30}, 1)).to(at::kDouble);
-  const LowRank exact = low_rank(d, 0);
+  const LowRank exact = factorised(d, 0);
   EXPECT_EQ(exact.exact, 3);
   EXPECT_LT((exact.b.mm(exact.a) - d).abs().max().item<double>(), 1e-12);
   EXPECT_EQ(exact.lost, 0);
@@ -39,7 +39,7 @@ TEST(LowRank, FindsTheColumnsOfALargeMatrix) {
   const Tensor d = peft::fill("b", {400, 70}, 1)
                        .to(at::kDouble)
                        .mm(peft::fill("a", {70, 300}, 1).to(at::kDouble));
-  const LowRank exact = low_rank(d, 0);
+  const LowRank exact = factorised(d, 0);
   EXPECT_EQ(exact.exact, 70);
   EXPECT_LT((exact.b.mm(exact.a) - d).norm().item<double>(), 1e-10 * d.norm().item<double>());
 }
@@ -47,14 +47,14 @@ TEST(LowRank, FindsTheColumnsOfALargeMatrix) {
 TEST(LowRank, ASmallerRankLosesTheTailOfTheSingularValues) {
   const Tensor d = peft::fill("d", {20, 30}, 1).to(at::kDouble);
   const Tensor s = at::linalg_svdvals(d);
-  const LowRank low = low_rank(d, 5);
+  const LowRank low = factorised(d, 5);
   const double tail = s.slice(0, 5).square().sum().item<double>();
   EXPECT_NEAR(low.lost, tail / s.square().sum().item<double>(), 1e-12);
   EXPECT_NEAR((d - low.b.mm(low.a)).square().sum().item<double>(), tail, 1e-9);
 }
 
 TEST(LowRank, OfZerosIsOneOfZeros) {
-  const LowRank low = low_rank(at::zeros({6, 5}, at::kDouble), 0);
+  const LowRank low = factorised(at::zeros({6, 5}, at::kDouble), 0);
   EXPECT_EQ(low.a.size(0), 1);
   EXPECT_EQ(low.lost, 0);
   EXPECT_EQ(low.b.mm(low.a).abs().max().item<double>(), 0);

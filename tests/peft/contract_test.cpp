@@ -247,6 +247,7 @@ TEST_P(Contract, ExactlyTheParamSetGetsGradients) {
   EXPECT_EQ(trainable, listed);
   const auto gradients = tiny->sweep(kLanes, 2).gradients;
   for (size_t i = 0; i < gradients.size(); ++i) {
+    if (gradients[i].numel() == 0) continue;  // fish_mask chose nothing of this matrix
     EXPECT_TRUE(at::isfinite(gradients[i]).all().item<bool>()) << tiny->params()[i].name;
     EXPECT_GT(gradients[i].abs().max().item<double>(), 0)
         << tiny->params()[i].name << " has no gradient";
