@@ -1,7 +1,7 @@
 // The fields of each section, in the order of the file, with the rules that tie them together.
 #include "launcher/run_config.h"
 
-#include "launcher/optim/rules.h"
+#include "launcher/optim/names.h"
 
 namespace graft::launcher {
 

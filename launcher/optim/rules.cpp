@@ -31,15 +31,6 @@ constexpr Entry kRules[] = {
 
 }  // namespace
 
-const std::vector<std::string>& step_rule_names() {
-  static const std::vector<std::string> names = [] {
-    std::vector<std::string> all;
-    for (const Entry& entry : kRules) all.emplace_back(entry.name);
-    return all;
-  }();
-  return names;
-}
-
 std::unique_ptr<StepRule> make_step_rule(const std::string& name, const peft::ParamSet& params,
                                          const StepConfig& config) {
   for (const Entry& entry : kRules) {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "launcher/optim/names.h"
 #include "launcher/optim/step_rule.h"
 
 namespace graft::launcher {
@@ -50,8 +51,6 @@ class Lion : public StepRule {
  private:
   void apply(std::span<const Update> updates, double learning_rate, int64_t step) override;
 };
-
-const std::vector<std::string>& step_rule_names();
 
 /// @param name  of step_rule_names()
 std::unique_ptr<StepRule> make_step_rule(const std::string& name, const peft::ParamSet& params,
