@@ -2,6 +2,7 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "configs/check.h"
@@ -52,6 +53,12 @@ void thaw(AttachContext& context, const WeightSite& site) {
   param.stage = site.stage, param.last_stage = site.last_stage;
   param.thawed = site.weight;
   context.params.add(std::move(param));
+}
+
+void check_rank(const AttachContext& context, const LinearSite& site, int64_t rank) {
+  const int64_t most = std::min(site.info.in, site.info.out);
+  GRAFT_CHECK(context.from_file || rank <= most, "peft: ", site.name, " is ", site.info.out, " by ",
+              site.info.in, ", so a rank of ", rank, " is more than it has: at most ", most);
 }
 
 kernels::Key site_key(const AttachContext& context, const std::string& slot) {

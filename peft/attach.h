@@ -41,6 +41,9 @@ void list_tensors(AttachContext& context, const torch::nn::Module& module, const
 /// @throws graft::Error (kUsage) if a method before has thawed it
 void thaw(AttachContext& context, const WeightSite& site);
 
+/// @throws graft::Error for a rank that is more than the matrix can have
+void check_rank(const AttachContext& context, const LinearSite& site, int64_t rank);
+
 /// The key of a slot's initial values.
 kernels::Key site_key(const AttachContext& context, const std::string& slot);
 inline kernels::Key site_key(const AttachContext& context, const LinearSite& site) {

@@ -6,7 +6,8 @@
 //             names;
 //             optional: bool starts_as_base() const, where that is not always so;
 //             bool is_pefts() const, where some values of the fields mean nothing to PEFT;
-//             double learning_rate_factor(leaf) const
+//             double learning_rate_factor(leaf) const; int rank(site) const, of a factorisation of
+//             the update: then one that is larger than the matrix is refused
 //   Adapter:  derives from LinearAdapter; Adapter(config, site, random, device); registers its
 //             parameters, and as buffers the constants that are saved;
 //             static std::vector<Leaf> leaves(): {"lora_a", "lora_A.weight"}
@@ -76,6 +77,7 @@ class LinearMethod : public Method {
   virtual void attach_to(AttachContext& context, const LinearSite& site) {
     GRAFT_CHECK(adapts(site.info.kind), "peft: ", site.name,
                 " is an embedding; this method adapts linear layers only");
+    if constexpr (requires { config_.rank(site); }) check_rank(context, site, config_.rank(site));
     adapters_.push_back(
         std::make_shared<Adapter>(config_, site, site_key(context, site), context.device));
     attach_linear(context, site, adapters_.back(), Adapter::leaves(),

@@ -31,6 +31,8 @@ struct AttachContext {
                         ///< every rank
   at::Device device;
   std::string prefix;  ///< of parameter names: the method's place in the list
+  /// The fields are those of a saved adapter, which is taken as it is, however odd its sizes.
+  bool from_file = false;
 };
 
 /// The base's weights after loading, dense, one at a time. Collective: every rank asks for the same

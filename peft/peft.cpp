@@ -120,7 +120,8 @@ void Peft::attach_frozen(const std::string& directory, double weight, std::strin
   file.check_modules(slots_);
   GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
   AttachContext context{slots_,  model_.info(), frozen.params,
-                        random_, device_,       "frozen" + std::to_string(frozen_.size()) + "."};
+                        random_, device_,       "frozen" + std::to_string(frozen_.size()) + ".",
+                        true};
   try {
     frozen.head = attach_with_head(*frozen.method, context, [&](const std::string& key) {
       const auto names = file.names();
@@ -218,9 +219,13 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const std::string from = resume.empty() ? entry.init_from.value_or("") : resume;
   if (!from.empty()) entry.method->continue_from(read_saved_adapter(from));
   const size_t first = params_.all().size(), first_constant = params_.constants().size();
-  AttachContext context{slots_,  model_.info(),
-                        params_, kernels::derive(random_, index + 1),
-                        device_, std::to_string(index) + "."};
+  AttachContext context{slots_,
+                        model_.info(),
+                        params_,
+                        kernels::derive(random_, index + 1),
+                        device_,
+                        std::to_string(index) + ".",
+                        !from.empty()};
   auto head =
       attach_with_head(*entry.method, context, [&](const std::string&) { return !trains_head_; });
   check_composes(entry.name);

@@ -46,6 +46,7 @@ struct AdaloraConfig {
     f("init_lora_weights", init_lora_weights, f.one_of({"true", "false"}),
       "false: all normal, not as the base");
   }
+  int rank(const LinearSite&) const { return init_r; }
   static PeftForm peft_form() {
     return {.type = "ADALORA",
             .bias_only = "lora_only",

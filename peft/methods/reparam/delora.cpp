@@ -34,6 +34,7 @@ struct DeloraConfig {
     f("rank_pattern", rank_pattern, f.range(1, 4096), "other ranks by slot, suffix or glob");
     f("lambda_pattern", lambda_pattern, f.positive().at_most(1e30), "other delora_lambda by slot");
   }
+  int rank(const LinearSite& site) const { return pattern_value(rank_pattern, site, r); }
   static PeftForm peft_form() {
     return {
         .type = "DELORA", .bias_only = "delora_only", .inert = {"init_weights"}, .ours = {"norms"}};
@@ -45,7 +46,7 @@ class DeloraLinear : public models::LinearAdapter {
   DeloraLinear(const DeloraConfig& c, const LinearSite& site, kernels::Key random,
                at::Device device)
       : dropout_(c.module_dropout), random_(random) {
-    const int64_t r = pattern_value(c.rank_pattern, site, c.r);
+    const int64_t r = c.rank(site);
     const double bound = pattern_value(c.lambda_pattern, site, c.delora_lambda);
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     a_ = register_parameter("delora_a", draw_kaiming({r, site.info.in}, random, device));

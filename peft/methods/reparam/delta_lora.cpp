@@ -29,6 +29,7 @@ struct DeltaLoraConfig {
       "lambda: how far the matrix follows; 0 is LoRA");
     f("start_steps", start_steps, f.at_least(0), "K: steps of plain LoRA before it does");
   }
+  int rank(const LinearSite&) const { return r; }
 };
 
 class DeltaLoraLinear : public models::LinearAdapter {

@@ -47,6 +47,7 @@ struct DyloraConfig {
     f.require(r % block_size == 0, "block_size", "a divisor of r is needed");
     f.require(inference_r.value.value_or(1) <= r, "inference_r", "at most r is possible");
   }
+  int rank(const LinearSite&) const { return r; }
 };
 
 class DyloraLinear : public models::LinearAdapter {

@@ -44,6 +44,7 @@ struct EdLoraConfig {
               "one for each of token_ids, or none");
   }
   bool starts_as_base() const { return token_start.empty(); }
+  int rank(const LinearSite&) const { return r; }
 };
 
 class EdLoraLinear : public models::LinearAdapter {

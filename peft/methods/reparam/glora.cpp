@@ -31,6 +31,7 @@ struct GloraConfig {
     f("init_weights", init_weights, "false: random values, not as the base");
     f("matrix_product", matrix_product, "A [in, r] [r, in] multiplies W as a matrix, as LyCORIS");
   }
+  int rank(const LinearSite&) const { return r; }
   static PeftForm peft_form() {
     return {.type = "GLORA", .fixed = {{"bias", "none"}}, .ours = {"matrix_product"}};
   }

@@ -8,6 +8,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <numeric>
 
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
@@ -34,6 +35,7 @@ struct GraloraConfig {
     f("gralora_k", gralora_k, f.range(1, 1 << 16), "k: blocks along the inputs and the outputs");
     f("init_weights", init_weights, "false: B starts at random too, not as the base");
   }
+  int rank(const LinearSite&) const { return r; }
   static PeftForm peft_form() { return {.type = "GRALORA", .bias_only = "gralora_only"}; }
   bool starts_as_base() const { return init_weights; }
 };
@@ -51,7 +53,8 @@ class GraloraLinear : public models::LinearAdapter {
     GRAFT_CHECK(c.r % k_ == 0, "peft: ", site.name, ": r = ", c.r,
                 " is not a multiple of gralora_k = ", k_);
     GRAFT_CHECK(in % k_ == 0 && out % k_ == 0, "peft: ", site.name, ": gralora_k = ", k_,
-                " does not divide both ", in, " and ", out);
+                " does not divide both ", in, " and ", out, "; the divisors of ", std::gcd(in, out),
+                " do");
     const auto add = [&](const char* name, at::IntArrayRef shape, int64_t fan_in, bool zero) {
       random = kernels::derive(random, 1);
       const double bound = zero ? 0 : 1 / std::sqrt(static_cast<double>(fan_in));

@@ -36,6 +36,7 @@ struct LohaConfig : DeltaFields {
       "other alpha by slot, suffix or glob");
     DeltaFields::fields(f);
   }
+  int rank(const LinearSite& site) const { return pattern_value(rank_pattern, site, r); }
   static PeftForm peft_form() {
     PeftForm form{.type = "LOHA", .inert = {"use_effective_conv2d"}, .ours = ours()};
     form.ours.emplace_back("rank_dropout_scale");
@@ -50,7 +51,7 @@ class LohaLinear : public DeltaLinear {
  public:
   LohaLinear(const LohaConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
       : DeltaLinear(c, site, random, device) {
-    const int64_t r = pattern_value(c.rank_pattern, site, c.r);
+    const int64_t r = c.rank(site);
     scale_ = c.scale(pattern_value(c.alpha_pattern, site, c.alpha), r);
     const bool lycoris = c.init_weights == "lycoris";
     const auto draw = [&](const char* name, int64_t rows, int64_t columns, int number) {

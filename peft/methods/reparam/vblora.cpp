@@ -40,6 +40,7 @@ struct VbloraConfig {
     f("init_vector_bank_bound", init_vector_bank_bound, f.positive(), "of the bank's first values");
     f("init_logits_std", init_logits_std, f.positive(), "of the logits' first values");
   }
+  int rank(const LinearSite&) const { return r; }
   static PeftForm peft_form() {
     return {
         .type = "VBLORA", .bias_only = "vblora_only", .fixed = {{"save_only_topk_weights", false}}};
