@@ -73,9 +73,9 @@ struct Fit {
 };
 
 /// Of each family the smallest shipped shape that it fits: some defaults are wider than a tiny
-/// model. None above a billion parameters is tried: adapters on it take seconds to make.
+/// model. None above ten billion parameters is tried: adapters on it take seconds to make.
 std::vector<Fit> fits(const std::string& method) {
-  constexpr int64_t kMostParameters = 1'000'000'000;
+  constexpr int64_t kMostParameters = 10'000'000'000;
   std::map<std::string, std::map<int64_t, std::string>> shapes;  // by family, then size
   for (const auto& entry : fs::directory_iterator(source_dir() + "/configs/models")) {
     if (entry.path().extension() != ".yaml") continue;

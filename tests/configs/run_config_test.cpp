@@ -102,7 +102,7 @@ TEST(RunConfig, RulesNameTheLine) {
        "command line: train.warmup_ratio: expected a number from 0 to 1, got '1.5'"},
       {"train.optim=adam",
        "command line: train.optim: expected one of adamw, adamw_8bit, paged_adamw_32bit, "
-       "paged_adamw_8bit, sgd, lion, got 'adam'"},
+       "paged_adamw_8bit, sgd, lion, got 'adam'; did you mean 'adamw'?"},
       {"train.learning_rte=1",
        "command line: train.learning_rte: unknown key; did you mean 'learning_rate'?"},
       {"data.max_length=1e7",

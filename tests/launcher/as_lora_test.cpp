@@ -27,7 +27,8 @@ class GoldenWeights : public peft::BaseWeights {
 };
 
 TEST(LowRank, OfAProductIsItsRankAndLosesNothing) {
-  const Tensor d = peft::fill("b", {40, 3}, 1).mm(peft::fill("a", {3, 30}, 1)).to(at::kDouble);
+  const Tensor d =
+      peft::fill("b", {40, 3}, 1).to(at::kDouble).mm(peft::fill("a", {3, 30}, 1).to(at::kDouble));
   const LowRank exact = factorised(d, 0);
   EXPECT_EQ(exact.exact, 3);
   EXPECT_LT((exact.b.mm(exact.a) - d).abs().max().item<double>(), 1e-12);
@@ -65,6 +66,7 @@ class AsLora : public testing::TestWithParam<std::string> {};
 TEST_P(AsLora, AddsToTheMatricesWhatTheMethodDoes) {
   peft::Tiny tiny("llama");
   const std::shared_ptr<peft::Method> method = peft::methods().make(GetParam());
+  if (method->acts_on_others()) GTEST_SKIP() << "changes no matrix";
   peft::read_fields(*method, peft::defaults(GetParam()));
   tiny.attach(GetParam(), method);
   tiny.load();
@@ -81,6 +83,7 @@ TEST_P(AsLora, AddsToTheMatricesWhatTheMethodDoes) {
   } catch (const Error& error) {
     GTEST_SKIP() << error.what();
   }
+  if (expected.empty()) GTEST_SKIP() << "changes no matrix by an adapter";
   constexpr int64_t kWhole = 4096;  // at most: where the change has full rank, all of it
   const auto converted =
       as_lora(tiny.adapters, base, models::make_model(peft::tiny_config("llama")), kWhole);
@@ -88,7 +91,7 @@ TEST_P(AsLora, AddsToTheMatricesWhatTheMethodDoes) {
   for (const peft::LinearSite& site : converted.adapters->slots().linears) {
     if (site.slot->empty()) continue;
     ASSERT_TRUE(expected.contains(site.name)) << site.name;
-    const Tensor w = at::zeros({site.info.out, site.info.in});
+    const Tensor w = at::zeros(expected[site.name].sizes());
     const Tensor found = site.slot->adapters().front()->merged(w);
     const double size = expected[site.name].abs().max().item<double>();
     EXPECT_LT((found - expected[site.name]).abs().max().item<double>(), 1e-5 * size + 1e-6);

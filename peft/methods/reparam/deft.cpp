@@ -73,7 +73,7 @@ class DeftLinear : public models::LinearAdapter {
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
     const auto [q, right] = factors();
-    Tensor inner = -right.t().mm(w.to(at::kFloat));
+    Tensor inner = -right.t().mm(w.to(right.scalar_type()));
     if (r_.defined()) inner = inner + r_ * scale_;
     return w + q.mm(inner).to(w.scalar_type());
   }

@@ -83,7 +83,9 @@ class FrodLinear : public models::LinearAdapter {
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
-    return w + u_.mm(change()).mm(frame_->checked_v().t()).to(w.scalar_type());
+    const auto type = s_.scalar_type();
+    const Tensor v = frame_->checked_v().to(type);
+    return w + u_.to(type).mm(change()).mm(v.t()).to(w.scalar_type());
   }
 
  private:

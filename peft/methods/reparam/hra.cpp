@@ -68,7 +68,7 @@ class HraLinear : public models::LinearAdapter {
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
     const auto [u, m] = factors();
-    return w - w.to(at::kFloat).mm(m).mm(u.t()).to(w.scalar_type());
+    return w - w.to(m.scalar_type()).mm(m).mm(u.t()).to(w.scalar_type());
   }
 
  private:

@@ -35,6 +35,7 @@ struct LilyConfig {
     f("scaling", scaling, f.positive().at_most(1e30), "s");
     f("init_weights", init_weights, "B zero; false: Kaiming-uniform, not as the base");
   }
+  int rank(const LinearSite&) const { return r; }
   static PeftForm peft_form() { return {.type = "LILY"}; }
   bool starts_as_base() const { return init_weights; }
 };

@@ -32,6 +32,7 @@ struct LoconConfig : DeltaFields {
       "other alpha by slot, suffix or glob");
     DeltaFields::fields(f);
   }
+  int rank(const LinearSite& site) const { return pattern_value(rank_pattern, site, r); }
   bool starts_as_base() const { return !weight_decompose; }
 };
 
@@ -39,7 +40,7 @@ class LoconLinear : public DeltaLinear {
  public:
   LoconLinear(const LoconConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
       : DeltaLinear(c, site, random, device) {
-    const int64_t r = pattern_value(c.rank_pattern, site, c.r);
+    const int64_t r = c.rank(site);
     scale_ = c.scale(pattern_value(c.alpha_pattern, site, c.alpha), r);
     down_ = register_parameter("lora_down", draw_kaiming({r, site.info.in}, random, device));
     const Tensor up = draw_kaiming({site.info.out, r}, kernels::derive(random, 1), device);

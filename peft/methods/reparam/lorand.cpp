@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "configs/check.h"
+#include "configs/names.h"
 #include "peft/attach.h"
 #include "peft/draws.h"
 #include "peft/peft_config.h"
@@ -88,6 +89,7 @@ class Lorand : public Method {
   void fields(configs::Fields& f) override { config_.fields(f); }
   bool starts_as_base() const override { return false; }
   void attach(AttachContext& context) override {
+    const size_t before = context.params.all().size();
     for (const auto& site : context.slots.sublayers) {
       if (std::find(config_.sites.begin(), config_.sites.end(), site.role) == config_.sites.end())
         continue;
@@ -96,7 +98,9 @@ class Lorand : public Method {
       site.slot->push(adapter);
       list_tensors(context, *adapter, {site.name, site.name, site.stage}, {});
     }
-    GRAFT_CHECK(!config_.sites.empty(), "lorand: sites: nothing to adapt");
+    GRAFT_CHECK(context.params.all().size() > before,
+                "peft: lorand: sites = ", configs::join(config_.sites, ", "),
+                ": this model has none of them");
   }
   nlohmann::json to_peft_config(const SlotMap&) const override {
     return write_peft_entries({}, configs::describe(config_));

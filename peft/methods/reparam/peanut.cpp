@@ -67,7 +67,7 @@ class PeanutLinear : public models::LinearAdapter {
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
-    return w + (scaling_ * b_.mm(hidden(w.to(at::kFloat)).t())).to(w.scalar_type());
+    return w + (scaling_ * b_.mm(hidden(w.to(a_.scalar_type())).t())).to(w.scalar_type());
   }
 
  private:

@@ -36,6 +36,7 @@ struct PolyConfig {
     f.require(task_id < n_tasks, "task_id", "is not below n_tasks");
     f("init_weights", init_weights, "B zero; false: Kaiming-uniform, not as the base");
   }
+  int rank(const LinearSite&) const { return r; }
   static PeftForm peft_form() {
     return {.type = "POLY", .fixed = {{"poly_type", "poly"}}, .ours = {"task_id"}};
   }

@@ -104,8 +104,10 @@ class RandloraLinear : public models::LinearAdapter {
  private:
   /// [r n, in] and [out, r n].
   std::pair<Tensor, Tensor> factors() const {
-    const Tensor a = (a_ * (lambda_.unsqueeze(2) * gamma_)).flatten(0, 1);  // [r n, narrow]
-    const Tensor b = b_.flatten(1);                                         // [wide, n r]
+    const auto type = lambda_.scalar_type();
+    const Tensor a =
+        (a_.to(type) * (lambda_.unsqueeze(2) * gamma_)).flatten(0, 1);  // [r n, narrow]
+    const Tensor b = b_.to(type).flatten(1);                            // [wide, n r]
     if (is_wide_) return {b.t(), a.t()};
     return {a, b};
   }

@@ -36,6 +36,7 @@ struct SupertuningConfig {
     f("init_weights", init_weights, "false: random values, not as the base");
     f("save_precomputed_indices", save_precomputed_indices, "save the places too");
   }
+  int rank(const LinearSite&) const { return r.value_or(0); }
   static PeftForm peft_form() { return {.type = "SUPERTUNING"}; }
   bool starts_as_base() const { return init_weights; }
 };

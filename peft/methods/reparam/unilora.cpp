@@ -39,6 +39,7 @@ struct UniloraConfig {
     f("init_weights", init_weights, "theta uniform; false: N(0, 1)");
     f("save_indices", save_indices, "save the places too, not only their seed");
   }
+  int rank(const LinearSite&) const { return r; }
   static PeftForm peft_form() { return {.type = "UNILORA", .bias_only = "unilora_only"}; }
   bool starts_as_base() const { return false; }
 

@@ -108,7 +108,8 @@ class WaveftLinear : public models::LinearAdapter {
   /// [N, coefficients] to [N, n].
   Tensor synthesise(const Tensor& t, int64_t n) const {
     if (length_ == 0) return t;
-    const Tensor full = at::conv_transpose1d(t.view({t.size(0), 2, -1}), filters_, {}, 2);
+    const Tensor full =
+        at::conv_transpose1d(t.view({t.size(0), 2, -1}), filters_.to(t.scalar_type()), {}, 2);
     return full.squeeze(1).slice(1, length_ - 2, length_ - 2 + n);
   }
   /// The transpose of synthesise.
