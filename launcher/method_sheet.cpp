@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 /// What a method does to one model.
 struct Trial {
   std::vector<std::string> roles;  ///< slots it acts at
-  bool mergeable = true, starts_as_base = true;
+  bool mergeable = true, starts_as_base = true, thaws = false;
   int64_t trained = 0, base = 0;  ///< parameters
 };
 
@@ -62,6 +62,7 @@ Trial attach(const std::string& method, const std::string& model_path,
   }
   trial.starts_as_base = entry.method->starts_as_base();
   trial.trained = adapters.params().numel() - others;
+  trial.thaws = adapters.params().has_thawed();
   trial.base = num_parameters(*model);
   return trial;
 }
@@ -176,7 +177,7 @@ Facts method_sheet(const peft::MethodFacts& method, const std::string& model) {
     const Fit& fit = found.front();
     facts["slots_by_default"] = fit.trial.roles;
     add_behaviour(method.name, fit, facts);
-    facts["storage"] = fit.trial.trained > 0 ? "R" : "N";
+    facts["storage"] = fit.trial.thaws ? "S" : fit.trial.trained > 0 ? "R" : "N";
     facts["exports_to"] = forms(type, fit.trial.mergeable);
   }
   facts["on_model"] = on_model(method.name, model);

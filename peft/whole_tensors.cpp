@@ -8,7 +8,7 @@
 namespace graft::peft {
 namespace {
 
-/// y = x W'^T (+ b'), or rows of W': the frozen matrix is not used at all.
+/// y = x W'^T (+ b'), or rows of W', in the dtype of the frozen matrix's.
 class WholeWeight : public models::LinearAdapter {
  public:
   WholeWeight(const LinearSite& site, at::Device device) : kind_(site.info.kind) {
@@ -19,8 +19,9 @@ class WholeWeight : public models::LinearAdapter {
                                                     options));
     if (site.info.has_bias) bias = register_parameter("bias", at::zeros({site.info.out}, options));
   }
-  Tensor forward(const Tensor& x, const models::LinearOp&, const models::Pass&) override {
-    if (kind_ == models::LinearKind::kEmbedding) return at::embedding(weight, x);
+  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
+    if (kind_ == models::LinearKind::kEmbedding)
+      return at::embedding(weight, x).to(base(x).scalar_type());
     const auto type = x.scalar_type();
     return at::linear(x, weight.to(type), bias.defined() ? bias.to(type) : bias);
   }

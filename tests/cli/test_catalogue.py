@@ -54,6 +54,9 @@ def test_every_method_fits_a_family_and_is_counted_on_the_quickstarts_shape():
     for name, sheet in sheets.items():
         on = sheet["on_model"]
         assert sheet["families"] and sheet["storage"] in "RSPN" and sheet["fields"], name
+        if "does_not_fit" in on:  # vectors of 256 do not divide that width
+            assert name == "vblora" and "256" in on["does_not_fit"], on
+            continue
         assert on["model"].endswith("smollm2_135m.yaml") and on["base_parameters"] == 134_515_008, (name, on)
         assert (sheet["storage"] == "N") == (on["trained_parameters"] == 0), name
 

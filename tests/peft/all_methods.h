@@ -33,6 +33,8 @@ inline std::string defaults(const std::string& method) {
        "{prefix_tuning: {num_virtual_tokens: 3, encoder_hidden_size: 24}, bottleneck: "
        "{non_linearity: silu}}"},
       {"lora_sparse", "{init_weights: normal, mimic_weight: 30}"},  // learns by its own loss alone
+      {"gralora", "{r: 8}"},
+      {"hira", "{r: 8}"},
       {"miss", "{r: 16}"},
       {"p_tuning", "{num_virtual_tokens: 3, encoder_hidden_size: 24}"},  // fewer kinks of ReLU
       {"psoft", "{r: 8}"},

@@ -61,7 +61,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"gralora",
      "{target_modules: all-linear, r: 8, gralora_k: 4, hybrid_r: 3, gralora_dropout: 0.25}"},
     {"hira",
-     "{target_modules: [all-linear, embed], init_weights: gaussian, hira_dropout: 0.25,"
+     "{r: 8, target_modules: [all-linear, embed], init_weights: gaussian, hira_dropout: 0.25,"
      " rank_pattern: {v_proj: 3}}"},
     {"dylora",
      "{target_modules: all-linear, r: 6, block_size: 2, scale_by: rank, per_slot: true,"
@@ -103,7 +103,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"frod", "{target_modules: all-linear, sparse_rate: 0.05, frod_dropout: 0.25}"},
     {"frod", "{projection_prng_key: 3, save_projection: false, init_weights: false}"},
     {"osf", "{target_modules: all-linear, effective_rank: 0.75, rank_pattern: {v_proj: 9}}"},
-    {"osf", "{effective_rank: 20, init_weights: false}"},
+    {"osf", "{effective_rank: 12}"},
     {"poly", "{target_modules: all-linear, r: 4, n_tasks: 3, n_splits: 2, task_id: 1}"},
     {"lily", "{target_modules: all-linear, r: 4, num_B: 3, stride_A: 2, scaling: 2}"},
     {"lily", "{target_modules: [model.layers.*.self_attn.q_proj, mlp.up], init_weights: false}"},
@@ -118,7 +118,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"unilora",
      "{target_modules: all-linear, r: 3, theta_d_length: 300, unilora_dropout: 0.25,"
      " save_indices: true}"},
-    {"unilora", "{theta_d_length: 11, init_weights: false, proj_seed: 3}"},
+    {"unilora", "{theta_d_length: 60, init_weights: false, proj_seed: 3}"},
     {"trainable_tokens", "{target_modules: [embed, head], token_indices: [11, 48, 85, 122]}"},
     {"trainable_tokens", "{token_indices: [11, 48, 85, 122], init_weights: false}"},
     {"shira", "{target_modules: all-linear, r: 4, random_seed: 3}"},

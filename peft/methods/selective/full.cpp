@@ -4,6 +4,7 @@
 // one stage at a time; the adapter folder holds every tensor under Hugging Face's name.
 #include <nlohmann/json.hpp>
 
+#include "configs/check.h"
 #include "peft/attach.h"
 
 namespace graft::peft {
@@ -13,6 +14,7 @@ class Full : public Method {
  public:
   void fields(configs::Fields&) override {}
   void attach(AttachContext& context) override {
+    GRAFT_CHECK(!context.slots.weights.empty(), "peft: full: this model has no tensor to train");
     for (const WeightSite& site : context.slots.weights) thaw(context, site);
   }
   void from_peft_config(const SavedAdapter&) override {}
