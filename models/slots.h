@@ -74,7 +74,8 @@ class LinearOp {
   virtual ~LinearOp() = default;
   /// x [..., in] -> [..., out]; for an embedding x holds token numbers and the result is [..., D].
   virtual Tensor operator()(const Tensor& x) const = 0;
-  /// The dense matrix [out, in] (embedding: [V, D]) with everything below merged in.
+  /// The dense matrix [out, in] (embedding: [V, D]) with everything below merged in. Autograd may
+  /// keep it.
   virtual Tensor weight() const = 0;
 };
 

@@ -144,6 +144,11 @@ void Weight::drop() const {
   kept_copy_ = Tensor();
 }
 
+Tensor Weight::dense_to_keep() const {
+  const Tensor w = dense();
+  return format_.kind == WeightFormat::Kind::kDense ? w.clone() : w;
+}
+
 Tensor Weight::value() const {
   GRAFT_ASSERT(use_ == WeightUse::kVector, "a matrix in the graph would outlive its pin");
   return is_trained() ? InGraph::apply(leaf_, this) : dense();

@@ -69,6 +69,8 @@ class Weight {
   /// The tensor in the compute dtype, on the store's device. The block must be pinned.
   /// A matrix may be a view into the gather buffer: use it now, never save it for backward.
   Tensor dense() const;
+  /// As dense(), in memory of its own: autograd may keep it.
+  Tensor dense_to_keep() const;
   /// A vector as dense(), in the graph of a trained weight.
   Tensor value() const;
   /// Rows `ids` [...] of a dense table [V, D] -> [..., D] in the compute dtype, without touching

@@ -68,7 +68,7 @@ class EmbeddingOp : public LinearOp {
     return weight_.is_trained() ? TrainedRows::apply(weight_.leaf(), ids, &weight_)
                                 : weight_.rows(ids);
   }
-  Tensor weight() const override { return weight_.dense(); }
+  Tensor weight() const override { return weight_.dense_to_keep(); }
 
  private:
   const Weight& weight_;

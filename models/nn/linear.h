@@ -42,7 +42,7 @@ class BaseLinearOp : public LinearOp {
  public:
   BaseLinearOp(const Weight& weight, const Weight& bias) : weight_(weight), bias_(bias) {}
   Tensor operator()(const Tensor& x) const override { return base_linear(x, weight_, bias_); }
-  Tensor weight() const override { return weight_.dense(); }
+  Tensor weight() const override { return weight_.dense_to_keep(); }
 
  private:
   const Weight& weight_;

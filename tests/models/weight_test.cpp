@@ -8,6 +8,7 @@
 #include "configs/check.h"
 #include "dist/comm_factory.h"
 #include "models/names.h"
+#include "models/nn/linear.h"
 #include "tests/testing.h"
 
 namespace graft::models {
@@ -45,6 +46,14 @@ TEST_F(WeightOfABase, VectorsAreCopiesSoAutogradMayKeepThem) {
   const Pin pin(*base.store, vector.block());
   const Tensor bytes = base.store->bytes(vector.block(), vector.offset(), vector.payload_bytes());
   EXPECT_FALSE(vector.dense().is_alias_of(bytes));
+}
+
+TEST_F(WeightOfABase, AnAdapterIsGivenACopySoAutogradMayKeepIt) {
+  const Pin pin(*base.store, table.block());
+  const Tensor bytes = base.store->bytes(table.block(), table.offset(), table.payload_bytes());
+  ASSERT_TRUE(table.dense().is_alias_of(bytes));
+  const Weight no_bias{};
+  EXPECT_FALSE(BaseLinearOp(table, no_bias).weight().is_alias_of(bytes));
 }
 
 TEST_F(WeightOfABase, RowsAreThoseOfTheTable) {
