@@ -45,7 +45,7 @@ struct FuseReport {
 
 /// Runs each adapter over its data, fuses and writes. The singular values beyond `rank` are cut
 /// off. Collective.
-/// @param run  names the base; its adapters and methods must be none
+/// @param run  of the base; its methods are not used
 /// @throws graft::Error: kUsage for adapters that are no changes of linear layers, a rank larger
 /// than a matrix, an output that exists
 FuseReport fuse_adapters(World& world, const Run& run, const FuseOptions& options);

@@ -22,7 +22,10 @@ struct Weighted {
 /// dtype; they must not change afterwards.
 class LowRankStack : public models::LinearAdapter {
  public:
-  explicit LowRankStack(std::vector<Weighted> parts) : parts_(std::move(parts)) {}
+  explicit LowRankStack(std::vector<Weighted> parts) : parts_(std::move(parts)) {
+    for (size_t i = 0; i < parts_.size(); ++i)
+      register_module(std::to_string(i), parts_[i].adapter);  // to(dtype) reaches them
+  }
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override;
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override;

@@ -152,12 +152,9 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const std::string from = resume.empty() ? entry.init_from.value_or("") : resume;
   if (!from.empty()) entry.method->continue_from(read_saved_adapter(from));
   const size_t first = params_.all().size(), first_constant = params_.constants().size();
-  AttachContext context{slots_,
-                        model_.info(),
-                        params_,
-                        kernels::derive(random_, index + 1),
-                        device_,
-                        std::to_string(index) + ".",
+  AttachContext context{slots_,       model_.info(),
+                        params_,      kernels::derive(random_, index + 1),
+                        device_,      std::to_string(index) + ".",
                         !from.empty()};
   auto head =
       attach_with_head(*entry.method, context, [&](const std::string&) { return !trains_head_; });

@@ -189,7 +189,7 @@ void write_tensors(const std::string& path, const peft::Peft::Saved& saved, cons
 /// Collective where weights are thawed; rank 0 writes.
 void write_adapter(const std::string& directory, const Workbench& bench, const Run& run) {
   const std::string task(models::names_of(bench.model->info().task).peft_type);
-  const peft::BaseFacts base{run.model.name_or_path, task,         bench.fingerprint,
+  const peft::BaseFacts base{run.model.name_or_path,          task,         bench.fingerprint,
                              run.model.revision.value_or(""), bench.labels, version_text()};
   for (size_t i = 0; i < bench.adapters->num_saved(); ++i) {
     const std::string part = peft::part_directory(directory, i, bench.adapters->num_saved());

@@ -1,5 +1,5 @@
-// The optimiser's state in a checkpoint: each rank writes an equal share of the replicated elements,
-// and what it owns of a thawed weight; any number of ranks reads what it needs.
+// The optimiser's state in a checkpoint: each rank writes an equal share of the replicated
+// elements, and what it owns of a thawed weight; any number of ranks reads what it needs.
 #pragma once
 
 #include <string>

@@ -74,6 +74,7 @@ void add_what_the_parser_does_not_know(Verb& verb) {
                 {"--eval-fraction", "share held out", true, {}},
                 {"--max-length", "tokens a sample", true, {}},
                 {"--prompt", "the user's message", true, {}},
+                {"--plain", "the text alone, for a head over labels", false, {}},
                 {"--max-samples-per-file", "read the first N records", true, {}},
                 {"--shard-tokens", "tokens a shard", true, {}}};
 }

@@ -15,7 +15,7 @@ PEFT = 'peft=[{"method": "lora", "r": 2, "lora_alpha": 4, "target_modules": "all
 
 @pytest.fixture(scope="module")
 def concepts(tmp_path_factory):
-    """(config without methods, [(adapter, rows)]) of two LoRAs, each trained on two documents."""
+    """(config, [(adapter, rows)]) of two LoRAs, each trained on two documents."""
     folder = tmp_path_factory.mktemp("fuse")
     trained = []
     for seed in (1, 2):
@@ -25,7 +25,7 @@ def concepts(tmp_path_factory):
         succeed("train", write_config(folder / str(seed) / "run.yaml", rows, PEFT, "train.max_steps=20",
                                       'model.quantization="none"'))
         trained.append((folder / str(seed) / "run/adapter", rows))
-    config = write_config(folder / "base.yaml", trained[0][1], "peft=[]", 'model.quantization="none"')
+    config = write_config(folder / "base.yaml", trained[0][1], 'model.quantization="none"')
     return config, trained
 
 
