@@ -45,7 +45,7 @@ Problems problems_of(const SafetensorsFile& file, Zeros& zeros) {
     if (!partner.empty() && file.find(partner) == nullptr)
       problems.push_back("missing: " + partner);
     const bool is_integer = entry.dtype.starts_with("I") || entry.dtype.starts_with("U");
-    if (is_integer) continue;  // places of a sparse delta
+    if (is_integer && partner.empty()) continue;  // places of a sparse delta
     if (!peft::is_adapter_dtype(entry.dtype)) {
       problems.push_back("no float: " + entry.name + " is " + entry.dtype);
       continue;
