@@ -10,7 +10,7 @@ from graft_cli import LENGTHS, adapter, checkpoints, graft, losses, succeed, wri
 from safetensors import safe_open
 
 OPTIMS = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "sgd", "lion"]
-LORA = 'peft=[{"method": "lora", "r": 48, "target_modules": "all-linear"}]'  # B of attn.q has more than 4096 elements
+LORA = 'peft=[{"method": "lora", "r": 48, "target_modules": ["attn.q", "mlp.up", "mlp.down"]}]'  # B of attn.q has more than 4096 elements
 
 
 @pytest.fixture

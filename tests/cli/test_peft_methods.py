@@ -23,13 +23,14 @@ import peft_methods  # noqa: E402
 BASE = ORACLE / "qwen2"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 OUR_NAME = {"LN_TUNING": "layernorm_tuning"}  # where it is not PEFT's
-ELSEWHERE = {"progressbar", "use_dora", "total_step"}  # fields of PEFT's that are none here; dora is a method
+ELSEWHERE = {"progressbar", "use_dora", "total_step", "num_subspaces"}  # fields of PEFT's that are none here; dora is a method
 # What PEFT says of itself, not of the files.
 REMARKS = ["Unsupported layer type '<class 'transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm'>'",  # of LN_TUNING
            "Setting boft_n_butterfly_factor to 1",  # without CUDA
            "The cayley-neumann parameterization has been slightly changed",  # the file names no version of PEFT
            # Graft writes RandLoRA's shared matrices once, not for every slot again.
            r"Found missing adapter keys[^\[]*\[('[^']*\.randlora_[AB]\.default'(, )?)+\]",
+           "save_precomputed_indices=False: sparse-support indices will be recomputed",  # as was asked for
            "Specified to not (save|load)"]  # what save_projection = false means
 
 peft_methods.prepare_peft()
