@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "kernels/block.cuh"
+#include "kernels/device.h"
 
 namespace graft::kernels::cuda {
 namespace {

@@ -35,6 +35,7 @@ inline std::string defaults(const std::string& method) {
       {"lora_sparse", "{init_weights: normal, mimic_weight: 30}"},  // learns by its own loss alone
       {"gralora", "{r: 8}"},
       {"hira", "{r: 8}"},
+      {"lily", "{r: 8}"},
       {"miss", "{r: 16}"},
       {"p_tuning", "{num_virtual_tokens: 3, encoder_hidden_size: 24}"},  // fewer kinks of ReLU
       {"psoft", "{r: 8}"},
