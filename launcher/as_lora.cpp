@@ -38,7 +38,7 @@ Tensor column_space(const Tensor& d) {
   for (int64_t count = kFirst; count < smaller / 2; count *= 2) {
     Tensor mix = at::empty({d.size(1), count}, at::kFloat);
     kernels::uniform(mix, kernels::Key{17, static_cast<uint64_t>(count)});
-    const Tensor q = std::get<0>(at::linalg_qr(d.mm(mix.to(at::kDouble) - 0.5)));
+    Tensor q = std::get<0>(at::linalg_qr(d.mm(mix.to(at::kDouble) - 0.5)));
     if ((d - q.mm(q.t().mm(d))).norm().item<double>() <= kRounding * d.norm().item<double>())
       return q;
   }

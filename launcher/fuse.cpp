@@ -46,7 +46,7 @@ class GramProbe : public models::LinearAdapter {
 };
 
 /// Names of the matrices that any of the adapters changes, in the model's order.
-std::vector<std::string> changed_matrices(const std::string& base, const FuseOptions& options) {
+std::vector<std::string> matrices_changed_by(const std::string& base, const FuseOptions& options) {
   const auto model = models::make_model(models::read_base_config(base));
   peft::Peft adapters(*model, at::kCPU, 0);
   for (const std::string& directory : options.adapters) {
@@ -170,7 +170,7 @@ FuseReport fuse_adapters(World& world, const Run& run, const FuseOptions& option
               "fuse: model.adapters of the config would be fused into each; leave it out");
   GRAFT_CHECK(!fs::exists(options.output), "fuse: ", options.output,
               " exists; nothing is overwritten");
-  const auto names = changed_matrices(run.model.name_or_path, options);
+  const auto names = matrices_changed_by(run.model.name_or_path, options);
   Parts parts;
   std::string fingerprint;
   for (size_t c = 0; c < options.adapters.size(); ++c)

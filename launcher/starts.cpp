@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr size_t kLanesPerGather = 2;
+constexpr size_t kLanesPerPass = 2;
 
 class SourceMatrix : public peft::PlainMatrix {
  public:
@@ -81,9 +81,9 @@ void observe(const StartInputs& inputs, const std::vector<peft::Peft::Start>& st
   options.training = false;
   options.lowest_trained = lowest;
   Progress progress("looking at the first rows");
-  for (size_t first = 0; first < lanes.size(); first += kLanesPerGather) {
+  for (size_t first = 0; first < lanes.size(); first += kLanesPerPass) {
     const std::span group =
-        std::span(lanes).subspan(first, std::min(kLanesPerGather, lanes.size() - first));
+        std::span(lanes).subspan(first, std::min(kLanesPerPass, lanes.size() - first));
     if (wanted.gradients) {
       trunk.sweep(group, observer, options);
     } else {

@@ -248,7 +248,7 @@ class WithNewHead : public io::TensorSource {
   const std::vector<io::SourceTensor>& tensors() const override { return tensors_; }
   Tensor read(const std::string& name) override {
     if (files_->find(name) != nullptr) return files_->read(name);
-    const Tensor t = at::zeros(find(name)->shape);
+    Tensor t = at::zeros(find(name)->shape);
     if (t.dim() == 1) return t;
     kernels::normal(t, kernels::derive({seed_, 0}, XXH3_64bits(name.data(), name.size())));
     return t.mul_(deviation_);

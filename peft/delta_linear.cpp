@@ -63,7 +63,7 @@ void DeltaLinear::take_magnitudes(const LinearSite& site, BaseWeights& base) {
 
 Tensor DeltaLinear::forward(const Tensor& x, const models::LinearOp& base,
                             const models::Pass& pass) {
-  const Tensor y = base(x);
+  Tensor y = base(x);
   if (rests(pass)) return y;
   const Tensor rows = this->rows(pass);
   if (!magnitude_.defined()) return add(y, x, rows);

@@ -29,12 +29,12 @@ void Peft::activate(const std::vector<std::string>& names) {
 void Peft::run_active() {
   slots_.each([&](const auto& site) {
     using Adapter = typename std::decay_t<decltype(site.slot->adapters())>::value_type;
-    constexpr bool is_linear = std::is_same_v<Adapter, std::shared_ptr<models::LinearAdapter>>;
-    std::vector<std::conditional_t<is_linear, Weighted, Adapter>> active;
+    constexpr bool kIsLinear = std::is_same_v<Adapter, std::shared_ptr<models::LinearAdapter>>;
+    std::vector<std::conditional_t<kIsLinear, Weighted, Adapter>> active;
     for (const auto& [owner, adapter] : site.slot->frozen()) {
       const Frozen& frozen = frozen_[owner];
       if (!frozen.is_active) continue;
-      if constexpr (is_linear) {
+      if constexpr (kIsLinear) {
         active.push_back({adapter, frozen.weight});
       } else {
         GRAFT_CHECK(frozen.weight == 1, frozen.name, ": a weight of ", frozen.weight, " for ",
@@ -43,7 +43,7 @@ void Peft::run_active() {
         active.push_back(adapter);
       }
     }
-    if constexpr (is_linear) {
+    if constexpr (kIsLinear) {
       site.slot->run_frozen(fuse(active));
     } else {
       site.slot->run_frozen(std::move(active));

@@ -50,7 +50,7 @@ class LayerLoss::AtLoss : public models::LossAdapter {
 };
 
 std::shared_ptr<LayerLoss> LayerLoss::attach(AttachContext& context, double weight) {
-  const std::shared_ptr<LayerLoss> loss(new LayerLoss(weight));
+  std::shared_ptr<LayerLoss> loss(new LayerLoss(weight));
   const auto& blocks = context.slots.carries;
   GRAFT_CHECK(!blocks.empty() && !context.slots.losses.empty(),
               "peft: this model has no place for losses of its layers");

@@ -34,9 +34,9 @@ class LoraMethod : public LinearMethod<Config, Adapter> {
   std::vector<Tensor> start(const LinearSite& site, PlainMatrix& matrix) override {
     return starter_.start(config_, site, matrix);
   }
-  void adopt(const LinearSite& site, std::vector<Tensor> values) override {
+  void adopt(const LinearSite& site, const std::vector<Tensor>& values) override {
     if (config_.is_start("eva")) {
-      directions_.push_back(std::move(values));
+      directions_.push_back(values);
       return;
     }
     LoraPair& pair = pair_at(site);

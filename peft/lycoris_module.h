@@ -26,7 +26,7 @@ class LycorisModule {
   Tensor take(const std::string& leaf) {
     const auto found = left_.find(leaf);
     if (found == left_.end()) return {};
-    const Tensor value = found->second;
+    Tensor value = found->second;
     left_.erase(found);
     return value;
   }
@@ -35,7 +35,7 @@ class LycorisModule {
     return take(leaf);
   }
   Tensor need_matrix(const std::string& leaf) {
-    const Tensor t = need(leaf);
+    Tensor t = need(leaf);
     GRAFT_CHECK(t.dim() == 2, ExitCode::kData, site.hf_path, ": ", leaf, " is ", t.sizes(),
                 ", expected a matrix; convolutions are not supported");
     return t;

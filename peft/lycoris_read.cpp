@@ -46,7 +46,7 @@ void expect_shape(const LycorisModule& m, const std::string& leaf, const Tensor&
 
 /// Magnitudes [out, 1] or [1, in]: of rows or columns.
 Tensor take_magnitudes(LycorisModule& m, Json& own) {
-  const Tensor scale = m.take("dora_scale");
+  Tensor scale = m.take("dora_scale");
   if (!scale.defined()) return scale;
   const bool of_rows = scale.numel() == m.site.info.out && scale.dim() > 0 && scale.size(0) > 1;
   expect_shape(

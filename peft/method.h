@@ -105,7 +105,7 @@ class Method {
   /// Of a slot's elements, from 0 up, float32 [out * in], on the CPU; asked for once.
   virtual Tensor scores(const LinearSite& /*site*/) { return {}; }
   /// On every rank, slot by slot.
-  virtual void adopt(const LinearSite& /*site*/, std::vector<Tensor> /*values*/) {}
+  virtual void adopt(const LinearSite& /*site*/, const std::vector<Tensor>& /*values*/) {}
   /// All slots are adopted. No optimiser exists yet, so here and in adopt() a parameter may change
   /// its shape (set_data); one without elements is not saved.
   virtual void adopted() {}

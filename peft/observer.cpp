@@ -50,7 +50,7 @@ class Watch : public models::LinearAdapter {
   Watch(const LinearSite& site, std::function<void(const Observation&)> see, Tensor probe)
       : name_(site.name), see_(std::move(see)), probe_(std::move(probe)) {}
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
-    const Tensor y = base(x);
+    Tensor y = base(x);
     if (probe_.defined()) return Shown::apply(y, probe_, x.detach(), this, pass.batch);
     show(x, {}, *pass.batch);
     return y;

@@ -107,12 +107,12 @@ std::shared_ptr<WholeTensors> Peft::attach_with_head(Method& method, AttachConte
   return whole;
 }
 
-void Peft::attach_frozen(const std::string& directory, double weight, std::string name) {
+void Peft::attach_frozen(const std::string& directory, double weight, const std::string& name) {
   check_task(directory);
   Frozen frozen;
   frozen.method = method_of_directory(directory, frozen.method_name);
   frozen.directory = directory;
-  frozen.name = name.empty() ? directory : std::move(name);
+  frozen.name = name.empty() ? directory : name;
   frozen.weight = weight;
   const AdapterFile file(directory);
   file.check_modules(slots_);

@@ -34,7 +34,7 @@ class Peft {
   /// before what is trained.
   /// @param weight  of what it adds: PEFT's add_weighted_adapter of type `cat`, live
   /// @param name    for activate(); empty: the directory
-  void attach_frozen(const std::string& directory, double weight = 1, std::string name = "");
+  void attach_frozen(const std::string& directory, double weight = 1, const std::string& name = "");
   /// From now on the frozen adapters with these names run, in the order of attachment; at first
   /// all do. Before anything is trained on them.
   /// @throws graft::Error for a name that none has

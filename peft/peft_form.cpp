@@ -10,7 +10,7 @@ namespace {
 
 using configs::FieldDoc;
 using configs::Node;
-using Json = nlohmann::ordered_json;
+using OrderedJson = nlohmann::ordered_json;
 
 nlohmann::json to_json(const FieldDoc& field, const Node& value) {
   if (value.kind == Node::Kind::kNull || (field.may_be_null && value.text == "null") ||
@@ -50,7 +50,7 @@ nlohmann::json to_pattern(const FieldDoc& field, const std::vector<const LinearS
   return pattern;
 }
 
-Node to_node(const std::string& key, const Json& value) {
+Node to_node(const std::string& key, const OrderedJson& value) {
   Node node;
   node.key = key;
   if (value.is_structured()) {
@@ -118,18 +118,18 @@ void read_peft_entries(const PeftForm& form, PeftConfigReader& config, const Tar
   Node root;
   root.kind = Node::Kind::kMap;
   for (const FieldDoc& field : configs::describe_section(fields).members) {
-    Json value =
+    OrderedJson value =
         is_ours(form, field.name) ? config.own_entry(field.name) : config.entry(field.name);
     if (field.type == configs::Type::kMap) {
-      std::map<std::string, Json> pattern;
+      std::map<std::string, OrderedJson> pattern;
       config.get_pattern(field.name, *targets, pattern);
       value = pattern;
     }
     if (!value.is_null()) root.items.push_back(to_node(field.name, value));
   }
   for (const auto& [name, value] : form.fixed.items()) {
-    const Json& found = config.entry(name);
-    GRAFT_CHECK(found.is_null() || found == Json(value), ExitCode::kData,
+    const OrderedJson& found = config.entry(name);
+    GRAFT_CHECK(found.is_null() || found == OrderedJson(value), ExitCode::kData,
                 "adapter_config.json: ", name, " = ", found.dump(), " is not supported, only ",
                 value.dump(), " is");
   }

@@ -19,7 +19,8 @@ class Scored : public torch::autograd::Function<Scored> {
   }
   static tensor_list backward(AutogradContext* context, tensor_list gradients) {
     const auto saved = context->get_saved_variables();
-    const Tensor x = saved[0].flatten(0, -2), a = saved[1], b = saved[2];
+    const Tensor x = saved[0].flatten(0, -2);
+    const Tensor &a = saved[1], &b = saved[2];
     const Tensor dy = gradients[0].flatten(0, -2);
     constexpr int64_t kRows = 256;  // of D at a time
     Tensor sum = at::zeros_like(saved[3]);

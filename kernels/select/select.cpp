@@ -20,7 +20,7 @@ at::Tensor digit_counts(const at::Tensor& scores, Digit digit, uint32_t prefix) 
               scores.sizes());
   GRAFT_CHECK(scores.ge(0).all().item<bool>(), ExitCode::kNumerics,
               "a score is negative or not a number: only scores from 0 up can be selected from");
-  const at::Tensor counts = at::zeros({digit.num_values()}, scores.options().dtype(at::kLong));
+  at::Tensor counts = at::zeros({digit.num_values()}, scores.options().dtype(at::kLong));
   const float* in = scores.const_data_ptr<float>();
   auto* out = counts.mutable_data_ptr<int64_t>();
   on_device(

@@ -94,7 +94,7 @@ class OftLinear : public models::LinearAdapter {
   }
 
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
-    const Tensor y = base(on_outputs_ ? x : rotate_blocks(x, change()));
+    Tensor y = base(on_outputs_ ? x : rotate_blocks(x, change()));
     if (!on_outputs_ && !rescale_.defined()) return y;
     const Tensor plain = bias_.defined() ? y - bias_.to(y.scalar_type()) : y;
     const Tensor turned = on_outputs_ ? rotate_blocks(plain, change()) : plain;

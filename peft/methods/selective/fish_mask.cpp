@@ -94,7 +94,7 @@ class FishMask : public LinearMethod<FishMaskConfig, FishMaskLinear> {
                 "peft: fish_mask: no document of data.train has a target");
     return sum.mapped().flatten().cpu();
   }
-  void adopt(const LinearSite& site, std::vector<Tensor> numbers) override {
+  void adopt(const LinearSite& site, const std::vector<Tensor>& numbers) override {
     adapter(site).choose(numbers.front());
   }
 
