@@ -24,8 +24,16 @@ BEGIN, END = "<!-- methods -->", "<!-- end of methods -->"  # the lines in READM
 STEPS, ROWS, LENGTH = 30, 4, 64
 RATE = 2e-3
 # Where that rate is not of the method's kind: factors that start at one, few values a slot, or whole matrices.
-RATES = {name: 2e-2 for name in ("bitfit", "beft", "ia3", "layernorm_tuning", "vera", "pvera", "lora_xs", "fourierft", "c3a", "prompt_tuning",
-                                 "p_tuning", "prefix_tuning", "llama_adapter", "road", "waveft", "vblora", "shira")}
+RATES = dict.fromkeys(("bitfit", "beft", "ia3", "layernorm_tuning", "vera", "pvera", "lora_xs", "fourierft", "c3a", "prompt_tuning",
+                       "p_tuning", "prefix_tuning", "llama_adapter", "road", "waveft", "vblora", "shira"), 2e-2)
+RATES |= dict.fromkeys(("full", "freeze_layers", "full_delta"), 2e-5)
+# What has no default that could do: a method to act on, a length that divides the widths of this model, words of these rows.
+LISTS = {
+    "l2_sp": [{"method": "lora"}, {"method": "l2_sp"}],
+    "vblora": [{"method": "vblora", "vector_length": 192}],
+    "trainable_tokens": [{"method": "trainable_tokens", "token_indices": list(range(1000))}],
+}
+CLASSIFIERS = ("linear_probe",)  # on the same rows, each with one of two labels
 
 
 def model_path():
@@ -33,16 +41,17 @@ def model_path():
     return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
 
 
-def write_rows(folder):
+def write_rows(folder, recipe):
     """Four pieces of this repository's text, as `prepare` makes them."""
-    shards = folder / "rows"
+    shards = folder / recipe[-1]
     if shards.exists():
         return shards
     paragraphs = [p for p in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n\n") if len(p) > 250]
     assert len(paragraphs) >= ROWS, "CONTRIBUTING.md has too few paragraphs"
     source = folder / "rows.jsonl"
-    source.write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs[:ROWS]), encoding="utf-8")
-    subprocess.run([PROGRAM, "prepare", "text", "--input", source, "--model", model_path(), "--output", shards,
+    rows = [{"text": p, "label": ("even", "odd")[i % 2]} for i, p in enumerate(paragraphs[:ROWS])]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    subprocess.run([PROGRAM, "prepare", *recipe, "--input", source, "--model", model_path(), "--output", shards,
                     "--max-length", str(LENGTH), "--eval-fraction", "0"], check=True, stdout=subprocess.DEVNULL)
     return shards
 
@@ -50,24 +59,27 @@ def write_rows(folder):
 def run(name):
     """One method. @return what its run logged"""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    shards = write_rows(RESULTS)
+    task = "sequence_classification" if name in CLASSIFIERS else "causal_lm"
+    shards = write_rows(RESULTS, ["classification", "--plain"] if name in CLASSIFIERS else ["text"])
     with tempfile.TemporaryDirectory() as folder:
-        config = {"schema": 1, "model": {"name_or_path": str(model_path()), "quantization": "nf4"},
-                  "data": {"train": [str(shards / "train-*.h5")], "max_length": LENGTH, "packing": False}, "peft": [{"method": name}],
-                  "train": {"max_steps": STEPS, "gradient_accumulation_steps": ROWS // 2, "learning_rate": RATES.get(name, RATE),
-                            "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
+        config = {"schema": 1, "model": {"name_or_path": str(model_path()), "quantization": "none" if name == "full" else "nf4"},
+                  "data": {"train": [str(shards / "train-*.h5")], "max_length": LENGTH, "packing": False},
+                  "peft": LISTS.get(name, [{"method": name}]),
+                  "train": {"task": task, "max_steps": STEPS, "gradient_accumulation_steps": ROWS // 2,
+                            "learning_rate": RATES.get(name, RATE), "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
                   "parallel": {"threads_per_rank": 1}, "checkpoint": {"output_dir": f"{folder}/run", "save_steps": 0}}
         path = pathlib.Path(folder) / "run.yaml"
         path.write_text(json.dumps(config))
         done = subprocess.run([f"{ROOT}/cluster/mpirun.sh", "-np", "2", PROGRAM, "train", path], capture_output=True, text=True)
         if done.returncode != 0:
             return {"method": name, "error": done.stderr.strip().splitlines()[-1]}
-        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
-    sheet = json.loads(subprocess.run([PROGRAM, "methods", name, "--json"], check=True, capture_output=True, text=True).stdout)
-    return {"method": name, "group": sheet["group"], "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"],
+        logged = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
+        record = json.loads(pathlib.Path(folder, "run/run.json").read_text(encoding="utf-8"))
+    lines = [line for line in logged if "loss" in line]
+    return {"method": name, "first_loss": lines[0]["loss"], "last_loss": lines[-1]["loss"],
             "peak_mib": max(line["peak_memory_bytes"] for line in lines) >> 20,
             "tokens_per_s": sorted(line["tokens_per_s"] for line in lines)[len(lines) // 2],
-            "trained": sheet["on_model"].get("trained_parameters"), "learning_rate": RATES.get(name, RATE)}
+            "trained": record["trainable_parameters"], "learning_rate": RATES.get(name, RATE)}
 
 
 def fell(result):

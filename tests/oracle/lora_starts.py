@@ -15,24 +15,20 @@ loftq     runs on the CPU; alpha = r, the only case it is right for
 """
 
 import argparse
-import dataclasses
 import inspect
 import json
 import pathlib
 import shutil
-import sys
-import types
 import warnings
 
 import peft
 import torch
-import transformers
-from make_fixtures import rows_and_labels
+from make_fixtures import copies_of, rows_and_labels
 
-sys.modules.setdefault("attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))  # no requirement here: CorDA's
-from peft.tuners.lora import corda, eva, layer, loraga  # noqa: E402
-from peft.utils import incremental_pca, loftq_utils  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from peft.tuners.lora import corda, eva, layer, loraga
+from peft.utils import incremental_pca, loftq_utils
+from peft_methods import loss_of
+from safetensors.torch import save_file
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 COMMON = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
@@ -71,11 +67,6 @@ def prepare_peft():
     layer.loftq_init = loftq_utils.loftq_init
 
 
-def loss_of(model, input_ids, labels):
-    logits = model(input_ids=input_ids).logits
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
 def wrap(model, fields):
     sections = {name: SECTIONS[name](**fields[name]) for name in SECTIONS if name in fields}
     config = peft.LoraConfig(task_type="CAUSAL_LM", **COMMON | fields | sections)
@@ -83,7 +74,7 @@ def wrap(model, fields):
     if config.init_lora_weights == "corda":
         corda.preprocess_corda(model, config, run_model=lambda: [model(input_ids=row[None]) for row in input_ids])
     if config.init_lora_weights == "lora_ga":
-        loraga.preprocess_loraga(model, config, lambda: loss_of(model, input_ids, labels).backward())
+        loraga.preprocess_loraga(model, config, lambda: loss_of(model(input_ids=input_ids).logits, labels).backward())
     adapted = peft.get_peft_model(model, config)
     if config.init_lora_weights == "eva":
         peft.initialize_lora_eva_weights(adapted, [{"input_ids": input_ids}], show_progress_bar=False)
@@ -94,7 +85,7 @@ def write_case(base, fields, path):
     model = wrap(base(), fields)
     input_ids, labels = rows_and_labels()
     logits = model(input_ids=input_ids).logits
-    loss_of(model, input_ids, labels).backward()
+    loss_of(logits, labels).backward()
     state, untouched = peft.get_peft_model_state_dict(model), base().state_dict()
     names = {tensor.data_ptr(): key for key, tensor in state.items()}
     out = {"logits": logits.detach().contiguous()} | {f"start.{key}": value.detach() for key, value in state.items()}
@@ -114,15 +105,7 @@ def write(model_directory, output):
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     torch.set_num_threads(1)
-    weights = transformers.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32,
-                                                                attn_implementation="eager")
-    config, state = weights.config, weights.state_dict()
-
-    def base():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-        model.load_state_dict(state)
-        return model.eval()
-
+    base = copies_of(model_directory)
     prepare_peft()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ DIR/<case>/fish.json            how many of how many, and losses of ten AdamW st
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
-Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/optimisers.safetensors: see optimisers.py;
+Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/lora_starts/: see lora_starts.py; DIR/optimisers.safetensors: see optimisers.py;
 DIR/adapter_sums.safetensors: see adapter_sums.py.
 """
 
@@ -248,6 +248,20 @@ def write_case(name, config, directory):
     print(f"{name}: loss {oracle['loss']:.6f}, with adapter {oracle['adapter_loss']:.6f}, trained {losses[-1]:.6f}")
 
 
+def copies_of(model_directory):
+    """@return a function that makes the model anew, in float32 and evaluation mode, with equal weights each time"""
+    weights = transformers.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32,
+                                                                attn_implementation="eager")
+
+    def copy():
+        model = transformers.AutoModelForCausalLM.from_config(weights.config, dtype=torch.float32,
+                                                              attn_implementation="eager")
+        model.load_state_dict(weights.state_dict())
+        return model.eval()
+
+    return copy
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR")
@@ -256,13 +270,14 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     for name, config in CASES.items():
         write_case(name, config, output / name)
-    import adapter_sums
+    import adapter_sums  # these import this file
+    import lora_starts
     import optimisers
-    import peft_methods  # which imports this file
+    import peft_methods
 
     optimisers.write(output / "optimisers.safetensors")
-
     peft_methods.write(output / "qwen2/model", output / "peft_methods")
+    lora_starts.write(output / "qwen2/model", output / "lora_starts")
     adapter_sums.write(output / "qwen2/model", output / "peft_methods", output / "adapter_sums.safetensors")
 
 

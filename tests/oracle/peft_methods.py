@@ -31,7 +31,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from make_fixtures import fill, rows_and_labels
+from make_fixtures import copies_of, fill, rows_and_labels
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.c3a import layer as c3a_layer
 from peft.tuners.poly import router as poly_router
@@ -260,15 +260,7 @@ def write(model_directory, output, names=()):
         shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)
     prepare_peft()
-    weights = transformers.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32,
-                                                                attn_implementation="eager")
-    config, state = weights.config, weights.state_dict()
-
-    def base():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-        model.load_state_dict(state)
-        return model.eval()
-
+    base = copies_of(model_directory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on models without a name
         for name in names or CASES:
