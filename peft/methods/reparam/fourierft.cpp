@@ -1,11 +1,12 @@
 // FourierFT: y = W x + s Re(F^-1(S)) x, F the two-dimensional Fourier transform, S [out, in] zero
-// but for n places that all slots of one shape share.        Gao et al. 2024, arXiv:2405.03003, eq.
-// 2-4 Trains the n values c. Places: the first n of torch.randperm(out in) with seed
-// random_loc_seed, of which the file holds the seed only. Init: c normal, so the model is NOT the
-// base at step 0 unless init_weights is true (zeros). Mergeable. Builds Re(F^-1(S)) in every pass:
-// as products of activations it has 2 n columns, as many numbers as the matrix at the default n.
-// Fields and files are those of HF PEFT's FourierFTConfig; it divides by out in (the paper leaves
-// that open), hence scaling 150.
+// but for n places that all slots of one shape share.
+//   Gao et al. 2024, arXiv:2405.03003, eq. 2-4
+// Trains the n values c. Places: the first n of torch.randperm(out in) with seed random_loc_seed,
+// of which the file holds the seed only. Init: c normal, so the model is NOT the base at step 0
+// unless init_weights is true (zeros). Mergeable. Builds Re(F^-1(S)) in every pass: as products of
+// activations it has 2 n columns, as many numbers as the matrix at the default n. Fields and files
+// are those of HF PEFT's FourierFTConfig; it divides by out in (the paper leaves that open), hence
+// scaling 150.
 #include <ATen/ATen.h>
 
 #include "peft/draws.h"

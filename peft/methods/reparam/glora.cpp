@@ -1,5 +1,6 @@
-// GLoRA: y = (W + W o A + B) x + b + b o D + E + W C.     Chavan et al. 2023, arXiv:2306.07967, eq.
-// 9 Trains what the fields choose: A and B as products [out, r] [r, in], as columns [out, 1] or as
+// GLoRA: y = (W + W o A + B) x + b + b o D + E + W C.
+//   Chavan et al. 2023, arXiv:2306.07967, eq. 9
+// Trains what the fields choose: A and B as products [out, r] [r, in], as columns [out, 1] or as
 // numbers; where the matrix has a bias b also C as a product [in, r] [r, 1] or a column [in, 1],
 // and D and E as [out] or as numbers. Init: left factors, columns and numbers are zero, so the
 // model is unchanged at step 0. Mergeable where the matrix has no bias. Only A as a product needs

@@ -1,10 +1,11 @@
 // Lily: y = W x + b + s (sum_e p_e B_e)^T A x, p the mean over the positions of softmax(R A x):
-// each slot mixes experts B_e that all slots of its kind share. arXiv:2407.09946 Trains A [r, in],
-// one for stride_A slots in a row (Kaiming-uniform), B [num_B r, out], one for all slots of an
-// entry of target_modules and a shape (zeros: the model is unchanged at step 0), and R [num_B, r]
-// of each slot (Kaiming-uniform). Not mergeable: p depends on x. Fields and files are those of HF
-// PEFT's LilyConfig; as there the mean is over all positions of the micro-batch, padding too (so
-// over one when text is generated), and A and B stand in the file for every slot.
+// each slot mixes experts B_e that all slots of its kind share.
+//   arXiv:2407.09946
+// Trains A [r, in], one for stride_A slots in a row (Kaiming-uniform), B [num_B r, out], one for
+// all slots of an entry of target_modules and a shape (zeros: the model is unchanged at step 0),
+// and R [num_B, r] of each slot (Kaiming-uniform). Not mergeable: p depends on x. Fields and files
+// are those of HF PEFT's LilyConfig; as there the mean is over all positions of the micro-batch,
+// padding too (so over one when text is generated), and A and B stand in the file for every slot.
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 

@@ -1,12 +1,13 @@
 // Poly: y = W x + b + (1 / r) B_t A_t x, A_t = sum_s p_ts A_s: each task mixes skills, LoRAs that
 // all tasks share, with p = g / sum g, g_ts = sigmoid(Z_ts); in training g is drawn, a relaxed
-// Bernoulli variable of logits Z.                                     Ponti et al. 2022,
-// arXiv:2202.13914 n_splits: inputs and outputs in as many pieces, each with p of its own
-// (multi-head routing, Caccia et al. 2022, arXiv:2211.03831). Trains A [splits, skills, in /
-// splits, r] (Kaiming-uniform), B [splits, skills, r, out / splits] (zeros: the model is unchanged
-// at step 0) and Z [tasks, splits skills] (within 0.001). Mergeable, for its task. Fields and files
-// are those of HF PEFT's PolyConfig. PEFT is given the task of each row with the rows; here a run
-// has one, task_id, so runs after one another train the tasks.
+// Bernoulli variable of logits Z.
+//   Ponti et al. 2022, arXiv:2202.13914
+// n_splits: inputs and outputs in as many pieces, each with p of its own
+// (multi-head routing, Caccia et al. 2022, arXiv:2211.03831).
+// Trains A [splits, skills, in / splits, r] (Kaiming-uniform), B [splits, skills, r, out / splits]
+// (zeros: the model is unchanged at step 0) and Z [tasks, splits skills] (within 0.001). Mergeable,
+// for its task. Fields and files are those of HF PEFT's PolyConfig. PEFT is given the task of each
+// row with the rows; here a run has one, task_id, so runs after one another train the tasks.
 #include <ATen/ATen.h>
 
 #include <numeric>

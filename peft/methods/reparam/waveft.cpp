@@ -1,12 +1,12 @@
 // WaveFT: y = W x + s R^T S C x: S holds n wavelet coefficients of the update, R and C synthesise
-// its rows and columns (one level, orthogonal wavelets).       Bilican et al. 2025,
-// arXiv:2505.12532 Trains the n values. Places: the first n of torch.randperm(out in) with seed
-// random_loc_seed, of which the file holds the seed only. Init: zeros, so the model is unchanged at
-// step 0. Mergeable. On a CPU and with n up to in + out, S acts on transformed activations, n
-// products a token; else the update is built in every pass. Fields and files are those of HF PEFT's
-// WaveFTConfig. As there, S is padded by the filter's length less two, the places are in its
-// middle, and rows and columns swap their filters in the two mixed bands. Of PEFT's wavelets db1 to
-// db4 are supported.
+// its rows and columns (one level, orthogonal wavelets).
+//   Bilican et al. 2025, arXiv:2505.12532
+// Trains the n values. Places: the first n of torch.randperm(out in) with seed random_loc_seed, of
+// which the file holds the seed only. Init: zeros, so the model is unchanged at step 0. Mergeable.
+// On a CPU and with n up to in + out, S acts on transformed activations, n products a token; else
+// the update is built in every pass. Fields and files are those of HF PEFT's WaveFTConfig. As
+// there, S is padded by the filter's length less two, the places are in its middle, and rows and
+// columns swap their filters in the two mixed bands. Of PEFT's wavelets db1 to db4 are supported.
 #include <ATen/ATen.h>
 
 #include <cmath>
