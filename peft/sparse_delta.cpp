@@ -29,6 +29,15 @@ const Tensor& SparseDelta::flat(const Tensor& places) const {
   return flat_;
 }
 
+Tensor SparseLinear::forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) {
+  const Tensor y = base(x);
+  return y + at::linear(x, delta_.dense(values_, places_).to(x.scalar_type())).to(y.scalar_type());
+}
+
+Tensor SparseLinear::merged(const Tensor& w) const {
+  return w + delta_.dense(values_, places_).to(w.scalar_type());
+}
+
 Tensor places_of(const Tensor& numbers, int64_t in, at::Device device) {
   return at::stack({numbers.div(in, "floor"), numbers.remainder(in)}).to(device, at::kInt);
 }

@@ -3,10 +3,10 @@
 // product at the shares of values that these methods train.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <string>
+
+#include "models/slots.h"
 
 namespace graft::peft {
 
@@ -29,6 +29,25 @@ class SparseDelta {
   int64_t out_, in_;
   mutable Tensor flat_;  // of the places as they were at version_
   mutable uint32_t version_ = 0;
+};
+
+/// y = (W + S) x: what methods that train values of a SparseDelta share.
+class SparseLinear : public models::LinearAdapter {
+ public:
+  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override;
+  bool mergeable() const override { return true; }
+  Tensor merged(const Tensor& w) const override;
+
+ protected:
+  /// The derived class registers places_ and values_.
+  SparseLinear(std::string slot, std::string tensor, int64_t out, int64_t in)
+      : in_(in), out_(out), delta_(std::move(slot), std::move(tensor), out, in) {}
+
+  int64_t in_, out_;
+  Tensor places_, values_;
+
+ private:
+  SparseDelta delta_;
 };
 
 /// Row-major numbers of elements as places, on `device`.

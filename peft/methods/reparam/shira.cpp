@@ -30,12 +30,10 @@ struct ShiraConfig {
   bool starts_as_base() const { return init_weights; }
 };
 
-class ShiraLinear : public models::LinearAdapter {
+class ShiraLinear : public SparseLinear {
  public:
   ShiraLinear(const ShiraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
-      : delta_(site.name, "shira_indices", site.info.out, site.info.in),
-        in_(site.info.in),
-        out_(site.info.out) {
+      : SparseLinear(site.name, "shira_indices", site.info.out, site.info.in) {
     const int64_t n = c.r * (in_ + out_);
     GRAFT_CHECK(n <= in_ * out_, "peft: ", site.name, ": r = ", c.r, " means ", n,
                 " values, the matrix has ", in_ * out_, "; r is at most ",
@@ -49,19 +47,6 @@ class ShiraLinear : public models::LinearAdapter {
   static std::vector<Leaf> leaves() {
     return {{"shira_weight", "shira_weight"}, {"shira_indices", "shira_indices"}};
   }
-  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
-    const Tensor y = base(x);
-    return y + at::linear(x, delta().to(x.scalar_type())).to(y.scalar_type());
-  }
-  bool mergeable() const override { return true; }
-  Tensor merged(const Tensor& w) const override { return w + delta().to(w.scalar_type()); }
-
- private:
-  Tensor delta() const { return delta_.dense(values_, places_); }
-
-  SparseDelta delta_;
-  int64_t in_, out_;
-  Tensor places_, values_;
 };
 
 }  // namespace

@@ -35,12 +35,12 @@ struct FishMaskConfig {
   static PeftForm peft_form() { return {.ours = {"keep", "num_samples"}}; }
 };
 
-class FishMaskLinear : public models::LinearAdapter {
+class FishMaskLinear : public SparseLinear {
  public:
   FishMaskLinear(const FishMaskConfig& c, const LinearSite& site, kernels::Key, at::Device device)
-      : delta_(site.name, "fish_places", site.info.out, site.info.in), in_(site.info.in) {
+      : SparseLinear(site.name, "fish_places", site.info.out, site.info.in) {
     const auto options = at::TensorOptions().device(device);
-    const int64_t size = in_ * site.info.out;
+    const int64_t size = in_ * out_;
     const auto known = c.counts.find(site.name);
     // Until the choice is made, the share of each matrix stands for it.
     const int64_t n = known != c.counts.end()
@@ -60,20 +60,6 @@ class FishMaskLinear : public models::LinearAdapter {
     values_.set_data(at::zeros({numbers.numel()}, values_.options().requires_grad(false)));
   }
   int64_t count() const { return values_.numel(); }
-
-  Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
-    const Tensor y = base(x);
-    return y + at::linear(x, delta().to(x.scalar_type())).to(y.scalar_type());
-  }
-  bool mergeable() const override { return true; }
-  Tensor merged(const Tensor& w) const override { return w + delta().to(w.scalar_type()); }
-
- private:
-  Tensor delta() const { return delta_.dense(values_, places_); }
-
-  SparseDelta delta_;
-  int64_t in_;
-  Tensor places_, values_;
 };
 
 class FishMask : public LinearMethod<FishMaskConfig, FishMaskLinear> {
