@@ -14,6 +14,19 @@ TEST(LoraXs, IsItsDefinition) {
   EXPECT_TRUE(at::allclose(slot.forward(x), at::linear(x, w), 1e-4, 1e-5));
 }
 
+TEST(LoraXs, AutogradKeepsNoInputOfFullWidth) {
+  const OneSlot slot("lora_xs", "{r: 5}");
+  const Tensor leaf = fill("x", {7, slot.site().info.in}, 1).requires_grad_();
+  Tensor x = leaf + 1;
+  const Dense base(slot.weight(), slot.bias());
+  const Tensor y = slot.adapter().forward(x, base, models::Pass());
+  const at::Storage storage = x.storage();
+  x.reset();
+  EXPECT_EQ(storage.use_count(), 1) << "the graph of y holds x";
+  y.square().sum().backward();
+  EXPECT_GT(leaf.grad().abs().max().item<double>(), 0);
+}
+
 TEST(LoraXs, FactorsAreTheBestOfTheirRank) {
   for (const int64_t r : {1, 5, 40, 48}) {
     const OneSlot slot("lora_xs", "{target_modules: q_proj, r: " + std::to_string(r) + "}");

@@ -65,8 +65,9 @@ class LoraXsLinear : public models::LinearAdapter {
     a_.copy_(v.slice(0, 0, r) * sign.t());
   }
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
-    return kernels::lowrank_add(base(x), dropout(x, dropout_, pass, random_), r_.mm(a_), b_,
-                                scale_);
+    // A first: autograd then keeps [tokens, r], not x.
+    const Tensor t = at::linear(dropout(x, dropout_, pass, random_), a_.to(x.scalar_type()));
+    return kernels::lowrank_add(base(x), t, r_, b_, scale_);
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
