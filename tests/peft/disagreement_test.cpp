@@ -41,6 +41,44 @@ TEST(Disagreement, HraAddsThePapersPenaltyToTheGradient) {
   EXPECT_LT(largest_difference(param.value.grad() - before, leaf.grad()), 1e-4);
 }
 
+TEST(Disagreement, HraWithGramSchmidtHasColumnsOfItsOwnWherePeftHasPairs) {
+  Tiny tiny("llama");
+  const std::shared_ptr<Method> method = methods().make("hra");
+  read_fields(*method, "{apply_GS: true, r: 4}");
+  tiny.attach("hra", method);
+  tiny.load();
+  for (const Param& param : tiny.params()) {
+    const Tensor s = at::linalg_svdvals(param.value.detach());
+    EXPECT_GT((s[3] / s[0]).item<double>(), 0.1) << param.name << ": of pairs it is 0";
+  }
+}
+
+TEST(Disagreement, RandloraPairsRandomColumnsAsPeftOrAsThePapersSum) {
+  constexpr int64_t kRank = 5, kProducts = 10, kNarrow = 48, kWide = 96;  // of 48 inputs
+  for (const bool paper : {false, true}) {
+    const OneSlot slot("randlora", std::string("{r: 5, randlora_alpha: 10, pairing: ") +
+                                       (paper ? "paper}" : "peft}"));
+    Tensor a, b;
+    for (const Constant& c : slot.tiny.adapters.params().constants()) {
+      if (c.name.ends_with("randlora_A")) a = c.value.select(1, 0).slice(1, 0, kNarrow);
+      if (c.name.ends_with("randlora_B")) b = c.value.slice(0, 0, kWide).slice(1, 0, kProducts);
+    }
+    const Tensor lambda = slot.value("lambda"), gamma = slot.value("gamma");
+    Tensor sum = at::zeros({kWide, kNarrow});
+    for (int64_t j = 0; j < kProducts; ++j) {
+      for (int64_t k = 0; k < kRank; ++k) {
+        const int64_t p = k * kProducts + j;  // PEFT reads B's columns in their order
+        const Tensor column =
+            paper ? b.select(1, j).select(1, k) : b.select(1, p / kRank).select(1, p % kRank);
+        sum += at::outer(column, lambda[k][j] * gamma[j] * a[k]);
+      }
+    }
+    const Tensor update = slot.adapter().merged(at::zeros({kWide, kNarrow})).detach();
+    EXPECT_LT(largest_difference(update, 2 * sum), 1e-4 * sum.abs().max().item<double>()) << paper;
+    EXPECT_EQ(slot.tiny.save_part(0).config["peft_type"].is_null(), paper);
+  }
+}
+
 /// Logits of a tiny model whose gates are set.
 Tensor gated(const char* options, const Tensor& gate) {
   Tiny tiny("llama");

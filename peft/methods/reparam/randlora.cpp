@@ -1,13 +1,15 @@
-// RandLoRA: y = W x + b + s * sum_j B_j diag(l_j) A diag(g_j) x, s = randlora_alpha / r, a sum of
-// n = ceil(min(in, out) / r) random products, so of full rank.
-//                                                Albert et al. 2025, arXiv:2502.00987
-// Trains randlora_lambda l [r, n] (zeros) and randlora_gamma g [n, min(in, out)] (1 / max(n,
-// min)): the model is unchanged at step 0. A [r, 1, widest min] and B [widest max, n, r] are
-// random, frozen and shared by all slots; where out < in the sum is transposed. Mergeable. Fields
-// and files are those of HF PEFT's RandLoraConfig, which pairs B_j's column k with row j n + k of
-// the scaled A's put together as [r, n]: not the terms of the formula, but as many random ones.
-// PEFT repeats A and B in its files for every slot; we read that and write them once. Their seed,
-// projection_prng_key, means the same numbers here as in PyTorch where it has bfloat16.
+// RandLoRA: y = W x + b + s sum_p b_p (l_kj g_j * a_k)^T x, p = k n + j, s = randlora_alpha / r: a
+// sum of r n random products, n = ceil(min(in, out) / r), so of full rank.
+//   Albert et al. 2025, arXiv:2502.00987
+// a_k is row k of A, b_p column p of [B_1 ... B_n]: HF PEFT's terms. Those of the paper, sum_j B_j
+// diag(l_j) A diag(g_j), have column k of B_j there: pairing paper. The one has as many random
+// products as the other; a file means what it was trained with.
+// Trains randlora_lambda l [r, n] (zeros) and randlora_gamma g [n, min(in, out)] (1 / max(n, min)):
+// the model is unchanged at step 0. A [r, 1, widest min] and B [widest max, n, r] are random,
+// frozen and shared by all slots; where out < in the sum is transposed. Mergeable. Fields and files
+// are those of HF PEFT's RandLoraConfig. PEFT repeats A and B in its files for every slot; we read
+// that and write them once. Their seed, projection_prng_key, means the same numbers here as in
+// PyTorch where it has bfloat16.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -30,6 +32,7 @@ struct RandloraConfig {
   bool very_sparse = false;
   double randlora_dropout = 0;
   double randlora_alpha = 640;
+  std::string pairing = "peft";
   Tensor a, b;  ///< no fields: what the slots share
 
   void fields(configs::Fields& f) {
@@ -40,10 +43,15 @@ struct RandloraConfig {
     f("very_sparse", very_sparse, "with one in sqrt(width) not zero");
     f("randlora_dropout", randlora_dropout, f.at_least(0).below(1), "on the adapter's input");
     f("randlora_alpha", randlora_alpha, f.positive().at_most(1e30), "scaled by this / r");
+    f("pairing", pairing, f.one_of({"peft", "paper"}), "which columns of B meet which rows of A");
   }
   static PeftForm peft_form() {
-    return {.type = "RANDLORA", .bias_only = "randlora_only", .inert = {"init_weights"}};
+    return {.type = "RANDLORA",
+            .bias_only = "randlora_only",
+            .inert = {"init_weights"},
+            .ours = {"pairing"}};
   }
+  bool is_pefts() const { return pairing == "peft"; }
   int64_t num_products(int64_t narrow) const { return (narrow + r - 1) / r; }
   void draw(const Widths& width) {
     const int64_t narrow = std::min(width.in, width.out), wide = std::max(width.in, width.out);
@@ -83,6 +91,7 @@ class RandloraLinear : public models::LinearAdapter {
     const int64_t wide = std::max(site.info.in, site.info.out), n = c.num_products(narrow);
     a_ = c.a.slice(2, 0, narrow);
     b_ = c.b.slice(0, 0, wide).slice(1, 0, n);
+    if (c.pairing == "paper") b_ = b_.transpose(1, 2);
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
     lambda_ = register_parameter("lambda", at::zeros({c.r, n}, options));
     gamma_ = register_parameter(
@@ -107,7 +116,7 @@ class RandloraLinear : public models::LinearAdapter {
     const auto type = lambda_.scalar_type();
     const Tensor a =
         (a_.to(type) * (lambda_.unsqueeze(2) * gamma_)).flatten(0, 1);  // [r n, narrow]
-    const Tensor b = b_.to(type).flatten(1);                            // [wide, n r]
+    const Tensor b = b_.to(type).flatten(1);                            // [wide, r n]
     if (is_wide_) return {b.t(), a.t()};
     return {a, b};
   }
