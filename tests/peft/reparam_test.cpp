@@ -82,6 +82,16 @@ TEST(Hra, StartsAtTheBaseUpToRounding) {
   EXPECT_LT(largest_difference(tiny.logits(batch), tiny.logits(batch, false)), 1e-4);
 }
 
+TEST(Hira, WithoutInitialWeightsEmbeddingsAreNormalAsPeftsAre) {
+  Tiny tiny("llama");
+  tiny.attach("hira", make("hira", "{target_modules: embed, r: 16, init_weights: false}"));
+  tiny.load();
+  for (const Param& param : tiny.params()) {  // A [16, 128], B [48, 16]
+    EXPECT_NEAR(param.value.std().item<double>(), 1, 0.1) << param.name;
+    EXPECT_NEAR(param.value.mean().item<double>(), 0, 0.1) << param.name;
+  }
+}
+
 TEST(Oft, CoftKeepsTheRotationsSmall) {
   constexpr double kEps = 0.05;
   Tiny tiny("llama");

@@ -3,8 +3,9 @@
 //   openreview TwJrTz9cRS, eq. 3
 // Trains A [r, in] (Kaiming-uniform, a = sqrt 5, or normal with deviation 1 / r) and B [out, r]
 // (zeros): the model is unchanged at step 0. On an embedding A [r, V] is zero and B [D, r] normal.
-// Mergeable. A bias is not touched. Needs the dense matrix in every pass: no product of activations
-// gives W o (B A). Fields and files are those of HF PEFT's HiraConfig; there is no alpha.
+// init_weights false: A and B normal everywhere, as PEFT has it. Mergeable. A bias is not touched.
+// Needs the dense matrix in every pass: no product of activations gives W o (B A). Fields and files
+// are those of HF PEFT's HiraConfig; there is no alpha.
 #include <ATen/ATen.h>
 
 #include "peft/draws.h"
@@ -77,9 +78,10 @@ class HiraEmbedding : public models::LinearAdapter {
   HiraEmbedding(const HiraConfig& c, const LinearSite& site, kernels::Key random,
                 at::Device device) {
     const int64_t r = c.rank(site);
-    b_ = draw_normal({site.info.out, r}, 1, random, device);
-    a_ = register_parameter("hira_embedding_A", at::zeros({r, site.info.in}, b_.options()));
-    b_ = register_parameter("hira_embedding_B", b_);
+    const double deviation = c.starts_as_base() ? 0 : 1;
+    a_ = register_parameter("hira_embedding_A", draw_normal({r, site.info.in}, deviation,
+                                                            kernels::derive(random, 1), device));
+    b_ = register_parameter("hira_embedding_B", draw_normal({site.info.out, r}, 1, random, device));
   }
   Tensor forward(const Tensor& ids, const models::LinearOp& base, const models::Pass&) override {
     const Tensor y = base(ids);
