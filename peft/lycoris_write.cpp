@@ -63,6 +63,22 @@ Leaves write_lora(LycorisModule& m, const Fields& fields) {
   return leaves;
 }
 
+/// The ranks that work outside of training, which LyCORIS reads as a locon.
+Leaves write_dylora(LycorisModule& m, const Fields& fields) {
+  m.take("ranks");
+  const Json wanted = fields.get("inference_r", Json());
+  const auto all = fields.get("r", 8).get<int64_t>();
+  const int64_t b = wanted.is_number() ? wanted.get<int64_t>() : all;
+  const auto by = fields.get("scale_by", "sqrt_rank").get<std::string>();
+  const auto ranks = static_cast<double>(b);
+  double alpha = fields.get("lora_alpha", 8).get<double>();  // scaled by alpha / b
+  if (by == "pieces") alpha *= fields.get("block_size", 1).get<double>();
+  if (by == "sqrt_rank") alpha *= std::sqrt(ranks / static_cast<double>(all));
+  return {{"lora_up.weight", m.need("lora_B.weight").slice(1, 0, b)},
+          {"lora_down.weight", m.need("lora_A.weight").slice(0, 0, b)},
+          {"alpha", number(alpha)}};
+}
+
 Leaves write_loha(LycorisModule& m, const Fields& fields) {
   const int64_t r = m.left().at("hada_w1_b").size(0);
   const double alpha = fields.scale("alpha", r, m.site.hf_path) * static_cast<double>(r);
@@ -140,6 +156,7 @@ Leaves write_glora(LycorisModule& m, const Fields& fields) {
 }
 
 Leaves write_leaves(LycorisModule& m, const Fields& fields, BaseWeights& base) {
+  if (m.has("ranks")) return write_dylora(m, fields);
   if (m.has("lora_A.weight") || m.has("lora_up.weight")) return write_lora(m, fields);
   if (m.has("hada_w1_b")) return write_loha(m, fields);
   if (m.has("lokr_w1") || m.has("lokr_w1_a")) return write_lokr(m, fields);

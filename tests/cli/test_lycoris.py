@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import types
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ BASE = ORACLE / "qwen2"  # has biases on q, k, v
 Q, V, UP, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
 LOCON, LOHA, LOKR = lycoris.LoConModule, lycoris.LohaModule, lycoris.LokrModule
 OFT, GLORA, FULL = lycoris.DiagOFTModule, lycoris.GLoRAModule, lycoris.FullModule
+NORM = lycoris.NormModule
 TOLERANCE = 1e-4  # of the largest number: float32 in another order
 
 # name -> the class of each module, and its arguments
@@ -50,11 +52,12 @@ CASES = {
     "boft": ({Q: ButterflyOFTModule, DOWN: ButterflyOFTModule}, dict(lora_dim=8)),
     "boft_rescaled": ({Q: ButterflyOFTModule, V: ButterflyOFTModule}, dict(lora_dim=8, rescaled=True)),
     "glora": ({Q: GLORA, V: GLORA, DOWN: GLORA}, dict(lora_dim=4, alpha=2)),
+    "norms": ({"input_layernorm": NORM, "post_attention_layernorm": NORM}, {}),
     "mixed": ({Q: LOKR, V: LOHA, DOWN: LOCON}, dict(lora_dim=2, alpha=1)),
 }
 # Whether HF PEFT has the formula; else only Graft reads the folder.
 PEFTS = {"locon", "locon_rs_scalar", "dora", "loha", "loha_rs_scalar", "lokr", "lokr_both", "lokr_full", "lokr_factor",
-         "ia3_of_inputs"}
+         "ia3_of_inputs", "norms"}
 FOLDERS = {"diag_oft": 1, "boft_rescaled": 2, "lokr_full": 1, "lokr_unbalanced": 1, "mixed": 3}
 
 
@@ -69,7 +72,14 @@ def fresh(base):
     model, weights = base
     copy = type(model)(model.config)
     copy.load_state_dict(weights)
+    for module in copy.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # LyCORIS asks a norm that is not PyTorch's for its part without gain
+            module._norm = types.MethodType(without_gain, module)
     return copy.eval()
+
+
+def without_gain(norm, x):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
 def make_modules(model, kinds, arguments):
@@ -161,6 +171,8 @@ def test_lycoris_loads_what_is_written_back(name, written, base, tmp_path):
 
 def module_path(name):
     layer, _, rest = name.removeprefix("lycoris_model_layers_").partition("_")
+    if rest.endswith("layernorm"):
+        return f"model.layers.{layer}.{rest}"
     block, _, leaf = rest.partition("_attn_") if "_attn_" in rest else rest.partition("_")
     return f"model.layers.{layer}." + (f"self_attn.{leaf}" if "_attn_" in rest else f"{block}.{leaf}")
 
@@ -199,6 +211,25 @@ def test_pefts_adapters_are_written_for_lycoris(name, base, tmp_path):
         ours = model(input_ids=input_ids).logits
     theirs = load_file(adapter / "oracle.safetensors")["logits"]
     assert (ours - theirs).abs().max() < TOLERANCE * theirs.abs().max()
+
+
+@pytest.mark.parametrize("fields", [{}, {"scale_by": "pieces", "block_size": 2, "inference_r": 4},
+                                    {"scale_by": "rank", "inference_r": 2}])
+def test_dyloras_ranks_in_use_are_written_as_a_locon(fields, base, tmp_path):
+    entry = {"method": "dylora", "r": 6, "lora_alpha": 48, "target_modules": ["attn.q", "mlp.down"], **fields}
+    config = write_config(tmp_path / "run.yaml", BASE / "rows.h5", f'model.name_or_path="{BASE / "model"}"',
+                          'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
+                          "train.max_steps=6", "train.gradient_accumulation_steps=1", "train.learning_rate=0.05")
+    succeed("train", config)
+    adapter, back = tmp_path / "run/adapter", tmp_path / "back.safetensors"
+    succeed("export", "--adapter", adapter, "--to", "lycoris", "--model", BASE / "model", "--output", back)
+    model, tensors = fresh(base), load_file(back)
+    for key in sorted({key.split(".")[0] for key in tensors}):
+        kind, weights = lycoris.get_module(tensors, key)
+        assert kind is LOCON and weights[1].shape[0] == fields.get("inference_r", 6)
+        load(kind, key, model.get_submodule(module_path(key)), weights, tensors).eval().apply_to()
+    theirs = check_peft.logits_of(model, check_peft.read_rows(BASE / "rows.h5"))
+    expect_logits(logits_of_graft([adapter], tmp_path), theirs, base)
 
 
 def test_what_does_not_fit_is_refused_by_name(base, tmp_path):
