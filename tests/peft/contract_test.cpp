@@ -29,6 +29,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
      "{target_modules: all-linear, init_lora_weights: gaussian, loraplus_lr_ratio: 4,"
      " lora_bias: true}"},
     {"lora", "{target_modules: attn.v, modules_to_save: [attn.q, embed, head], bias: all}"},
+    {"lora", "{trainable_token_indices: [11, 48, 85, 122], loraplus_lr_ratio: 4}"},
     {"lora", "{init_lora_weights: orthogonal, lora_fa: true, lora_dropout: 0.25}"},
     {"lora", "{target_modules: [all-linear, embed], init_lora_weights: false}"},
     {"lora", "{target_modules: all-linear, r: 4, init_lora_weights: pissa, use_rslora: true}"},
@@ -63,6 +64,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"hira",
      "{r: 8, target_modules: [all-linear, embed], init_weights: gaussian, hira_dropout: 0.25,"
      " rank_pattern: {v_proj: 3}}"},
+    {"hira", "{r: 2, target_modules: [attn.q, embed], init_weights: false}"},
     {"dylora",
      "{target_modules: all-linear, r: 6, block_size: 2, scale_by: rank, per_slot: true,"
      " lora_dropout: 0.25}"},
@@ -77,6 +79,8 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
      " lora_dropout: 0.25}"},
     {"diffusekrona", "{target_modules: all-linear, scale: 2}"},
     {"krona", "{a_out: 8, a_in: 3}"},
+    {"kasa", "{target_modules: all-linear, r: 4, lora_dropout: 0.25, rank_pattern: {v_proj: 3}}"},
+    {"krona_b", "{residual: true, scale: 2, a_out: 4}"},
     {"loha",
      "{target_modules: all-linear, r: 2, rank_pattern: {v_proj: 3}, alpha_pattern: {up_proj: 4}}"},
     {"loha",
@@ -100,6 +104,10 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"mpo", "{target_modules: all-linear, sites: 4, bond: 3}"},
     {"adamss", "{target_modules: all-linear, r: 12, subspace_rank: 4, random_seed: 3}"},
     {"adamss", "{target_modules: [attn.o, mlp.down], subspace_rank: 3, init_weights: false}"},
+    {"adamss", "{target_modules: all-linear, r: 12, num_subspaces: 3, subspace_rank: 2}"},
+    {"adamss",
+     "{target_modules: all-linear, num_subspaces: 4, subspace_rank: 3, use_asa: true,"
+     " asa_target_subspaces: 20, init_warmup: 0, final_warmup: 20, mask_interval: 2}"},
     {"frod", "{target_modules: all-linear, sparse_rate: 0.05, frod_dropout: 0.25}"},
     {"frod", "{projection_prng_key: 3, save_projection: false, init_weights: false}"},
     {"osf", "{target_modules: all-linear, effective_rank: 0.75, rank_pattern: {v_proj: 9}}"},
@@ -165,6 +173,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"randlora",
      "{target_modules: [k_proj, mlp.down], r: 7, randlora_alpha: 1, randlora_dropout: 0.25}"},
     {"randlora", "{sparse: true, r: 8, randlora_alpha: 2, save_projection: false}"},
+    {"randlora", "{target_modules: [k_proj, mlp.down], r: 7, randlora_alpha: 2, pairing: paper}"},
     {"road", "{target_modules: all-linear, group_size: 8, variant: road_2}"},
     {"road", "{group_size: 4, variant: road_4}"},
     {"vblora",

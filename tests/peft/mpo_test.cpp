@@ -45,14 +45,42 @@ TEST(Mpo, AtFullBondsItStartsAtTheMatrix) {
   EXPECT_TRUE(at::allclose(matrix_of(tensors_of(slot, "mpo_start_", 3), w), w, 1e-4, 1e-5));
 }
 
+/// W as (i_1 j_1) by the rest.
+Tensor cut_behind_the_first(const Tensor& w, const Tensor& first) {
+  return w.view({first.size(1), -1, first.size(2), w.size(1) / first.size(2)})
+      .permute({0, 2, 1, 3})
+      .reshape({first.size(1) * first.size(2), -1});
+}
+
+TEST(Mpo, OneCutBondLosesExactlyTheDiscardedSingularValues) {
+  // 96 = 6 4 4 and 48 = 3 4 4: of the bonds 18 and 16 only the first is cut.
+  const OneSlot slot("mpo", "{target_modules: q_proj, sites: 3, bond: 16}");
+  const Tensor w = slot.weight(), first = slot.value("mpo_start_0");
+  ASSERT_EQ(slot.value("mpo_start_2").size(0), 16);
+  const Tensor s = at::linalg_svdvals(cut_behind_the_first(w, first));
+  const double lost = (matrix_of(tensors_of(slot, "mpo_start_", 3), w) - w).norm().item<double>();
+  const double discarded = s.slice(0, 16).norm().item<double>();
+  EXPECT_EQ(s.size(0), 18);
+  EXPECT_GT(discarded, 0.1);
+  EXPECT_NEAR(lost, discarded, 1e-4 * discarded);
+}
+
+TEST(Mpo, TheCentreIsNeverTrained) {
+  OneSlot slot("mpo", "{sites: 3}");
+  const Tensor centre = slot.value("mpo_start_1").clone();
+  for (const Param& p : slot.tiny.params()) EXPECT_FALSE(p.name.ends_with("_1")) << p.name;
+  slot.tiny.step({make_lane(0)}, 1);
+  EXPECT_FALSE(slot.adapter().named_buffers()["mpo_start_1"].requires_grad());
+  EXPECT_FALSE(slot.adapter().named_buffers()["mpo_start_1"].grad().defined());
+  EXPECT_TRUE(at::equal(slot.value("mpo_start_1"), centre));
+}
+
 TEST(Mpo, ACutBondLosesTheDiscardedSingularValues) {
   // Three tensors with the left bond cut: W as (i_1 j_1) by the rest has few singular values.
   const OneSlot slot("mpo", "{target_modules: q_proj, sites: 3, bond: 9}");
   const Tensor w = slot.weight(), first = slot.value("mpo_start_0");
-  const Tensor cut = w.view({first.size(1), -1, first.size(2), w.size(1) / first.size(2)})
-                         .permute({0, 2, 1, 3})
-                         .reshape({first.size(1) * first.size(2), -1});
-  const double least = at::linalg_svdvals(cut).slice(0, 9).norm().item<double>();
+  const double least =
+      at::linalg_svdvals(cut_behind_the_first(w, first)).slice(0, 9).norm().item<double>();
   const double lost = (matrix_of(tensors_of(slot, "mpo_start_", 3), w) - w).norm().item<double>();
   EXPECT_GE(lost, least - 1e-4);
   EXPECT_LE(lost, 2 * least);

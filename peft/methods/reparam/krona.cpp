@@ -31,23 +31,12 @@ struct KronaConfig {
   }
 };
 
-/// The rows or columns of A for a size of the matrix.
-int64_t krona_factor(const configs::Auto<int>& wanted, int64_t size, const char* field,
-                     const LinearSite& site) {
-  int64_t factor = 1;
-  for (int64_t m = 2; m * m <= size; ++m) factor = size % m == 0 ? m : factor;
-  if (!wanted.value) return factor;
-  GRAFT_CHECK(size % *wanted.value == 0, "peft: ", site.name, ": ", field, " = ", *wanted.value,
-              " does not divide ", size, "; ", factor, " and ", size / factor, " do");
-  return *wanted.value;
-}
-
 class KronaLinear : public models::LinearAdapter {
  public:
   KronaLinear(const KronaConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
       : scale_(c.scale), b_first_(c.layout == "diffusekrona") {
-    const int64_t o1 = krona_factor(c.a_out, site.info.out, "a_out", site);
-    const int64_t i1 = krona_factor(c.a_in, site.info.in, "a_in", site);
+    const int64_t o1 = krona_factor(c.a_out, site.info.out, "a_out", site.name);
+    const int64_t i1 = krona_factor(c.a_in, site.info.in, "a_in", site.name);
     a_ = register_parameter(
         "krona_a", c.init_weights == "kaiming"
                        ? draw_kaiming({o1, i1}, random, device)
@@ -56,14 +45,9 @@ class KronaLinear : public models::LinearAdapter {
                             at::zeros({site.info.out / o1, site.info.in / i1}, a_.options()));
   }
   static std::vector<Leaf> leaves() { return {{"krona_a", "krona_a"}, {"krona_b", "krona_b"}}; }
-  /// x as [i1, i2]: A x B^T is [o1, o2].
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
-    const Tensor y = base(x), a = a_.to(x.scalar_type()), b = b_.to(x.scalar_type());
-    const Tensor t_BA = x.unflatten(-1, {a.size(1), b.size(1)})
-                            .matmul(b.t())
-                            .transpose(-2, -1)
-                            .matmul(a.t());  // [..., o2, o1]
-    const Tensor update = b_first_ ? t_BA.flatten(-2) : t_BA.transpose(-2, -1).flatten(-2);
+    const Tensor y = base(x), t_AB = krona_product(x, a_, b_);
+    const Tensor update = (b_first_ ? t_AB.transpose(-2, -1) : t_AB).flatten(-2);
     return y + (update * scale_).to(y.scalar_type());
   }
   bool mergeable() const override { return true; }
@@ -89,6 +73,25 @@ class Krona : public LinearMethod<KronaConfig, KronaLinear> {
 };
 
 }  // namespace
+
+int64_t krona_factor(const configs::Auto<int>& wanted, int64_t size, const char* field,
+                     const std::string& where) {
+  int64_t factor = 1;
+  for (int64_t m = 2; m * m <= size; ++m) factor = size % m == 0 ? m : factor;
+  if (!wanted.value) return factor;
+  GRAFT_CHECK(size % *wanted.value == 0, "peft: ", where, ": ", field, " = ", *wanted.value,
+              " does not divide ", size, "; ", factor, " and ", size / factor, " do");
+  return *wanted.value;
+}
+
+Tensor krona_product(const Tensor& x, const Tensor& a, const Tensor& b) {
+  const Tensor first = a.to(x.scalar_type()), second = b.to(x.scalar_type());
+  return x.unflatten(-1, {first.size(1), second.size(1)})
+      .matmul(second.t())
+      .transpose(-2, -1)
+      .matmul(first.t())
+      .transpose(-2, -1);
+}
 
 std::unique_ptr<Method> make_krona(const std::string& layout, const std::string& init_weights) {
   return std::make_unique<Krona>(layout, init_weights);

@@ -11,10 +11,13 @@
 // turns the gradient of B by (A A^T)^-1, which the paper does not have, nor do we.
 #include <ATen/ATen.h>
 
+#include <nlohmann/json.hpp>
+
 #include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
 #include "peft/lora_method.h"
+#include "peft/token_rows.h"
 
 namespace graft::peft {
 namespace {
@@ -22,10 +25,13 @@ namespace {
 struct LoraConfig : LoraStartFields {
   bool lora_bias = false;
   bool lora_fa = false;
+  std::vector<int> trainable_token_indices;
 
   void fields(configs::Fields& f) {
     LoraStartFields::fields(f);
     f("lora_bias", lora_bias, "train a bias beside B");
+    f("trainable_token_indices", trainable_token_indices, f.at_least(0),
+      "tokens whose rows of the embedding are trained whole beside the rest");
     f("lora_fa", lora_fa, "LoRA-FA: train B only, which saves the memory of A's gradient");
     f.require(!lora_fa || !(takes_from_base() || is_start("mica")), "lora_fa",
               "needs an A that is not trained, and this init_lora_weights one that is");
@@ -105,16 +111,48 @@ class LoraEmbedding : public models::LinearAdapter {
 };
 
 class Lora : public LoraMethod<LoraConfig, LoraLinear> {
+ public:
+  void attach(AttachContext& context) override {
+    LoraMethod::attach(context);
+    if (config_.trainable_token_indices.empty()) return;
+    tokens_ = make_token_rows(config_.trainable_token_indices);
+    tokens_->attach(context);
+  }
+  void initialize(BaseWeights& base) override {
+    LoraMethod::initialize(base);
+    if (tokens_ != nullptr) tokens_->initialize(base);
+  }
+  nlohmann::json to_peft_config(const SlotMap& slots) const override {
+    nlohmann::json config = LoraMethod::to_peft_config(slots);
+    if (tokens_ == nullptr) config["trainable_token_indices"] = nullptr;  // PEFT takes [] for some
+    return config;
+  }
+  void from_peft_config(const SavedAdapter& adapter) override {
+    SavedAdapter other = adapter;
+    auto& tokens = other.config["trainable_token_indices"];
+    if (tokens.is_object() && tokens.size() == 1 && tokens.contains("embed_tokens")) {
+      const auto list = tokens.at("embed_tokens");
+      tokens = list;
+    }
+    LoraMethod::from_peft_config(other);
+  }
+
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
     if (site.info.kind != models::LinearKind::kEmbedding)
       return LoraMethod::attach_to(context, site);
     config_.check_start(site);
+    GRAFT_CHECK(config_.trainable_token_indices.empty(), "lora: ", site.name,
+                " has a LoRA, and trainable_token_indices would train its rows; as in PEFT only one"
+                " of them is possible");
     attach_linear(
         context, site,
         std::make_shared<LoraEmbedding>(config_, site, site_key(context, site), context.device),
         LoraLinear::leaves());
   }
+
+ private:
+  std::unique_ptr<Method> tokens_;
 };
 
 }  // namespace

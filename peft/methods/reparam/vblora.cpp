@@ -4,8 +4,9 @@
 // Trains the bank [num_vectors, vector_length], one for all slots (uniform within
 // init_vector_bank_bound), and of each slot vblora_logits_A [r, in / length, num_vectors] and
 // vblora_logits_B [out / length, r, num_vectors] (normal): no start at the base. Mergeable. Fields
-// and files are those of HF PEFT's VBLoRAConfig; files of its save_only_topk_weights, which cannot
-// be trained further, are refused.
+// and files are those of HF PEFT's VBLoRAConfig. A file of its save_only_topk_weights has numbers
+// and shares of the k vectors for the logits: they stay as they are, and only the bank could be
+// trained on.
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
@@ -15,6 +16,7 @@
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
 #include "peft/linear_method.h"
+#include "peft/places.h"
 #include "peft/projection.h"
 
 namespace graft::peft {
@@ -29,7 +31,8 @@ struct VbloraConfig {
   double vblora_dropout = 0;
   double init_vector_bank_bound = 0.02;
   double init_logits_std = 0.1;
-  Tensor bank;  ///< no field: what the slots share
+  Tensor bank;             ///< no field: what the slots share
+  bool only_topk = false;  ///< no field: save_only_topk_weights of a file
 
   void fields(configs::Fields& f) {
     f("r", r, f.range(1, 4096), "rank, the inner size");
@@ -45,7 +48,17 @@ struct VbloraConfig {
     return {
         .type = "VBLORA", .bias_only = "vblora_only", .fixed = {{"save_only_topk_weights", false}}};
   }
+  at::ScalarType number_type() const {  // as PEFT writes them
+    if (num_vectors < 1 << 8) return at::kByte;
+    return num_vectors < 1 << 15 ? at::kShort : at::kInt;
+  }
   bool starts_as_base() const { return false; }
+};
+
+/// Which vectors a factor's pieces are mixed of: by logits, or by numbers and shares of a file.
+struct VbloraMixture {
+  Tensor logits, shares;  ///< the last is 1 less the others'
+  Places places;
 };
 
 class VbloraLinear : public models::LinearAdapter {
@@ -57,14 +70,32 @@ class VbloraLinear : public models::LinearAdapter {
     GRAFT_CHECK(in % length == 0 && out % length == 0, "peft: vblora: ", site.name, " has ", in,
                 " inputs and ", out, " outputs; vector_length = ", length,
                 " does not divide both, their common divisor ", std::gcd(in, out), " would");
-    const double deviation = c.init_logits_std;
-    a_ = register_parameter("logits_a", draw_normal({c.r, in / length, c.num_vectors}, deviation,
-                                                    kernels::derive(random, 0), device));
-    b_ = register_parameter("logits_b", draw_normal({out / length, c.r, c.num_vectors}, deviation,
-                                                    kernels::derive(random, 1), device));
+    const auto add = [&](const std::string& side, int64_t rows, int64_t columns, int number) {
+      const auto options = at::TensorOptions().device(device);
+      VbloraMixture mixture;
+      if (!c.only_topk) {
+        const auto key = kernels::derive(random, number);
+        const Tensor logits =
+            draw_normal({rows, columns, c.num_vectors}, c.init_logits_std, key, device);
+        mixture.logits = register_parameter("logits_" + side, logits);
+        return mixture;
+      }
+      mixture.shares =
+          register_buffer("shares_" + side, at::zeros({rows, columns, c.topk - 1}, options));
+      const Tensor places = at::zeros({rows, columns, c.topk}, options.dtype(c.number_type()));
+      mixture.places = {register_buffer("places_" + side, places), c.num_vectors,
+                        site.name + ": topk_indices"};
+      return mixture;
+    };
+    a_ = add("a", c.r, in / length, 0), b_ = add("b", out / length, c.r, 1);
   }
   static std::vector<Leaf> leaves() {
-    return {{"logits_a", "vblora_logits_A"}, {"logits_b", "vblora_logits_B"}};
+    return {{"logits_a", "vblora_logits_A"},
+            {"logits_b", "vblora_logits_B"},
+            {"shares_a", "vblora_logits_A_topk_weights"},
+            {"shares_b", "vblora_logits_B_topk_weights"},
+            {"places_a", "vblora_logits_A_topk_indices"},
+            {"places_b", "vblora_logits_B_topk_indices"}};
   }
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
     return kernels::lowrank_add(base(x), dropout(x, dropout_, pass, random_), a(), b(), 1);
@@ -73,10 +104,16 @@ class VbloraLinear : public models::LinearAdapter {
   Tensor merged(const Tensor& w) const override { return w + b().mm(a()).to(w.scalar_type()); }
 
  private:
-  /// [..., num_vectors] -> [..., vector_length]
-  Tensor mixed(const Tensor& logits) const {
-    const auto [top, places] = logits.topk(topk_, -1);
-    return (top.softmax(-1).unsqueeze(-1) * at::embedding(bank_, places)).sum(-2);
+  /// [..., vector_length]
+  Tensor mixed(const VbloraMixture& m) const {
+    Tensor shares, places;
+    if (m.logits.defined()) {
+      std::tie(shares, places) = m.logits.topk(topk_, -1);
+      shares = shares.softmax(-1);
+    } else {
+      shares = at::cat({m.shares, 1 - m.shares.sum(-1, true)}, -1), places = m.places.checked();
+    }
+    return (shares.unsqueeze(-1) * at::embedding(bank_, places)).sum(-2);
   }
   Tensor a() const { return mixed(a_).flatten(1); }
   Tensor b() const { return mixed(b_).transpose(1, 2).flatten(0, 1); }
@@ -84,16 +121,23 @@ class VbloraLinear : public models::LinearAdapter {
   int64_t topk_;
   double dropout_;
   kernels::Key random_;
-  Tensor bank_, a_, b_;
+  Tensor bank_;
+  VbloraMixture a_, b_;
 };
 
 class Vblora : public LinearMethod<VbloraConfig, VbloraLinear> {
  public:
   void from_peft_config(const SavedAdapter& adapter) override {
-    GRAFT_CHECK(adapter.config.value("save_only_topk_weights", nlohmann::ordered_json()) != true,
-                ExitCode::kData, "adapter_config.json: save_only_topk_weights = true: the file",
-                " holds weights of the mixtures and no logits, which is not supported");
-    LinearMethod::from_peft_config(adapter);
+    SavedAdapter other = adapter;
+    auto& only_topk = other.config["save_only_topk_weights"];
+    config_.only_topk = only_topk == true;
+    only_topk = false;
+    LinearMethod::from_peft_config(other);
+  }
+  nlohmann::json to_peft_config(const SlotMap& slots) const override {
+    nlohmann::json config = LinearMethod::to_peft_config(slots);
+    config["save_only_topk_weights"] = config_.only_topk;
+    return config;
   }
 
  protected:

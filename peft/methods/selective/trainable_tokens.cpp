@@ -2,7 +2,8 @@
 // words that the base does not know.                      HF PEFT 0.21.2, TrainableTokensConfig
 // Trains and saves the whole new rows [tokens, width]; they begin as the base's, so the model is
 // unchanged at step 0. A head that is tied to the embedding uses the same rows, and PEFT writes
-// them once more for it. Mergeable. Fields and files are those of HF PEFT's TrainableTokensConfig.
+// them once more for it (not beside a LoRA). Mergeable. Fields and files are those of HF PEFT's
+// TrainableTokensConfig.
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
 
@@ -12,6 +13,7 @@
 #include "peft/draws.h"
 #include "peft/linear_method.h"
 #include "peft/projection.h"
+#include "peft/token_rows.h"
 
 namespace graft::peft {
 namespace {
@@ -88,6 +90,11 @@ class TrainableTokensTable : public models::LinearAdapter {
 
 class TrainableTokens : public LinearMethod<TrainableTokensConfig, TrainableTokensTable> {
  public:
+  TrainableTokens() = default;
+  /// @param place  between the module and the tensor in keys of files
+  TrainableTokens(const std::vector<int>& tokens, std::string place) : place_(std::move(place)) {
+    config_.token_indices = tokens;
+  }
   void fields(configs::Fields& f) override {  // PEFT's has no modules_to_save
     config_.targets.fields(f);
     config_.fields(f);
@@ -110,8 +117,8 @@ class TrainableTokens : public LinearMethod<TrainableTokensConfig, TrainableToke
       to.slot->push(table);
       return table;
     };
-    const auto key = [](const LinearSite& of) {
-      return "base_model.model." + of.hf_path + ".trainable_tokens_delta";
+    const auto key = [&](const LinearSite& of) {
+      return "base_model.model." + of.hf_path + "." + place_ + "trainable_tokens_delta";
     };
     adapters_.push_back(push(site));
     const Tensor& rows = adapters_.back()->rows();
@@ -123,16 +130,22 @@ class TrainableTokens : public LinearMethod<TrainableTokensConfig, TrainableToke
       context.params.add(Constant{.name = context.prefix + "head.rows",
                                   .hf_key = key(*users.back()),
                                   .value = rows.detach(),
-                                  .may_be_left_out = true});
+                                  .may_be_left_out = true,
+                                  .is_saved = place_.empty()});
     }
     add_shared(context, site.name + ".rows", key(site), rows, users);
   }
 
  private:
+  std::string place_;
   std::shared_ptr<TrainableTokensTable> tied_head_;
 };
 
 }  // namespace
+
+std::unique_ptr<Method> make_token_rows(const std::vector<int>& tokens) {
+  return std::make_unique<TrainableTokens>(tokens, "token_adapter.");
+}
 
 void register_trainable_tokens(MethodRegistry& registry, const MethodFacts& facts) {
   registry.add({facts.name, facts.summary, [] { return std::make_unique<TrainableTokens>(); }});
