@@ -8,6 +8,7 @@ import concurrent.futures
 import json
 import os
 import sys
+import types
 import warnings
 
 import peft
@@ -23,7 +24,7 @@ import peft_methods  # noqa: E402
 BASE = ORACLE / "qwen2"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 OUR_NAME = {"LN_TUNING": "layernorm_tuning"}  # where it is not PEFT's
-ELSEWHERE = {"progressbar", "use_dora", "total_step", "num_subspaces"}  # fields of PEFT's that are none here; dora is a method
+ELSEWHERE = {"progressbar", "use_dora", "total_step"}  # fields of PEFT's that are none here; dora is a method
 # What PEFT says of itself, not of the files.
 REMARKS = ["Unsupported layer type '<class 'transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm'>'",  # of LN_TUNING
            "Setting boft_n_butterfly_factor to 1",  # without CUDA
@@ -39,6 +40,8 @@ peft_methods.prepare_peft()
 def method_of(case):
     if case.fields.get("use_dora"):
         return "dora"
+    if case.fields.get("kasa_config"):
+        return "kasa"
     peft_type = case.config(**case.fields).peft_type.value
     return OUR_NAME.get(peft_type, peft_type.lower())
 
@@ -55,6 +58,7 @@ def train(name, directory):
     case = peft_methods.CASES[name]
     entry = {"method": METHODS[name]}
     entry |= {key: value for key, value in case.fields.items() if key not in ELSEWHERE}
+    entry |= vars(entry.pop("kasa_config", types.SimpleNamespace()))
     path = write_config(directory / "run.yaml", BASE / "rows.h5", f'model.name_or_path="{BASE / "model"}"',
                         'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
                         "train.max_steps=2", "train.gradient_accumulation_steps=1",

@@ -8,6 +8,8 @@ DIR/<name>/oracle.safetensors   logits        float32 [2, 24, V]
                                 loss          float32 [1]           mean over the targets
                                 grad.<key>    float32               of the loss, <key> as in the adapter's file
                                 start.<key>                         how PEFT begins: the tensors that no global seed changes
+                                after.<key>                         STEPPED: trained by STEPS steps of AdamW from the file
+peft_methods_nf4/<name>/: the same of NF4 over a base whose linear layers went through bitsandbytes' NF4 and back.
 The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v); rows and labels are its rows_and_labels().
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
@@ -27,6 +29,7 @@ import sys
 import types
 import warnings
 
+import bitsandbytes
 import numpy as np
 import peft
 import torch
@@ -69,8 +72,11 @@ CASES = {
     "lora_dora": Case(peft.LoraConfig, r=4, use_dora=True),
     "lora_dora_rslora": Case(peft.LoraConfig, r=4, use_dora=True, use_rslora=True, rank_pattern=PATTERN),
     "lora_dora_embed": Case(peft.LoraConfig, r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
+    "lora_kasa": Case(peft.LoraConfig, r=4, kasa_config=peft.tuners.lora.KasaConfig(beta=0.02, gamma=0.05)),
     "lora_trainable_tokens": Case(peft.LoraConfig, r=4, trainable_token_indices=[11, 48]),
-    "adalora": Case(peft.AdaLoraConfig, init_r=6, target_r=4, total_step=10, lora_alpha=8, scale=0.5),
+    "adalora": Case(peft.AdaLoraConfig, init_r=6, target_r=4, total_step=20, lora_alpha=8, scale=0.5),
+    "adalora_schedule": Case(peft.AdaLoraConfig, init_r=6, target_r=3, total_step=20, tinit=3, tfinal=6, deltaT=2, beta1=0.7,
+                             orth_reg_weight=0.2, scale=0.5),
     # --- scales, rotations, reflections
     "ia3": Case(peft.IA3Config, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ia3_all_outputs": Case(peft.IA3Config, feedforward_modules=[]),
@@ -125,6 +131,7 @@ CASES = {
     "lokr_full": Case(peft.LoKrConfig, r=64),
     "lokr_patterns": Case(peft.LoKrConfig, r=2, rank_pattern=PATTERN, alpha_pattern={"down_proj": 5}),
     "hira": Case(peft.HiraConfig, r=4),
+    "hira_embed": Case(peft.HiraConfig, r=2, target_modules=["embed_tokens", "q_proj"], init_weights=False),
     "miss": Case(peft.MissConfig, r=4),
     "miss_bat": Case(peft.MissConfig, r=4, init_weights="bat"),
     "miss_mini": Case(peft.MissConfig, r=4, mini_r=2, init_weights="mini"),
@@ -141,6 +148,8 @@ CASES = {
     "peanut": Case(peft.PeanutConfig, r=4),
     "peanut_deep": Case(peft.PeanutConfig, r=4, depth=2, act_fn="silu"),
     "adamss": Case(peft.AdamssConfig, r=8, num_subspaces=1, subspace_rank=3),
+    "adamss_asa": Case(peft.AdamssConfig, r=8, num_subspaces=1, subspace_rank=3, use_asa=True, asa_target_subspaces=2,
+                       init_warmup=2, final_warmup=14, mask_interval=3, asa_schedule_exponent=2.0),
     "osf": Case(peft.OSFConfig, effective_rank=8),
     "osf_patterns": Case(peft.OSFConfig, rank_pattern={"v_proj": 3, "down_proj": 0.25}),
     "osf_anywhere": Case(peft.OSFConfig, rank_pattern={"layers.0.*v_proj": 3, "down": 0.25}),
@@ -164,6 +173,13 @@ CASES = {
     "ln_tuning": Case(peft.LNTuningConfig, target_modules=NORMS),
     "trainable_tokens": Case(peft.TrainableTokensConfig, token_indices=[11, 48], target_modules=["embed_tokens"]),
 }
+
+
+STEPS, LEARNING_RATE, EPSILON = 20, 2e-3, 1e-5  # the last so large that no element moves by rounding errors alone
+FIRST = {case.config: name for name, case in reversed(CASES.items())}
+STEPPED = set(FIRST.values()) | {"adalora_schedule", "adamss_asa", "hra_gram_schmidt", "lora_dora", "lora_kasa", "oft_coft", "oft_exact",
+                                 "road_4"}
+NF4 = ["lora_dora", "hira", "boft", "oft", "miss_bat", "peanut", "glora", "deft", "osf", "psoft"]  # they ask for W
 
 
 class KMeans:
@@ -218,12 +234,44 @@ def wrap(base, case):
     return peft.get_peft_model(base(), case.config(task_type="CAUSAL_LM", **case.fields)).eval()
 
 
+def through_nf4(model):
+    """In rows of a block, since bitsandbytes' CPU dequantisation is wrong where blocks cross rows."""
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                blocks = module.weight.data.reshape(-1, 64)
+                codes, state = bitsandbytes.functional.quantize_4bit(blocks, blocksize=64, quant_type="nf4",
+                                                                     compress_statistics=False)
+                dense = bitsandbytes.functional.dequantize_4bit(codes, state)
+                module.weight.data = dense.reshape(module.weight.shape).contiguous()
+    return model
+
+
 def start_of(base, case, seed):
     torch.manual_seed(seed)
     return {key: tensor.clone() for key, tensor in peft.get_peft_model_state_dict(wrap(base, case)).items()}
 
 
-def write_case(base, case, directory):
+def trained(model, input_ids, labels):
+    """after.<key>, with what the type does between the steps"""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, eps=EPSILON,
+                                  weight_decay=0)
+    parameters = list(trainable(model))
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        loss = model(input_ids=input_ids, labels=labels).loss  # AdaLoRA adds its penalty here
+        if getattr(model.active_peft_config, "kasa_config", None) is not None:
+            loss = loss + model.base_model._get_kasa_loss()
+        loss.backward()
+        optimizer.step()
+        if hasattr(model.base_model, "update_and_allocate"):  # AdaLoRA; AdaMSS, whose callback counts from 0
+            model.base_model.update_and_allocate(step - (model.peft_type == "ADAMSS"))
+    with torch.no_grad():
+        model(input_ids=input_ids)  # constrained OFT changes its parameters in it
+    return {f"after.{key}": parameter.detach().clone() for key, parameter in parameters}
+
+
+def write_case(base, case, directory, steps):
     shutil.rmtree(directory, ignore_errors=True)
     start, other = start_of(base, case, 1), start_of(base, case, 2)
     torch.manual_seed(1)
@@ -244,7 +292,9 @@ def write_case(base, case, directory):
     loss = loss_of(logits, labels)
     loss.backward()
     gradients = {f"grad.{key}": p.grad.clone() for key, p in trainable(model)}
-    save_file({"logits": logits.detach().contiguous(), "loss": loss.detach().reshape(1), **gradients,
+    logits, loss = logits.detach().contiguous(), loss.detach().reshape(1)
+    after = trained(model, input_ids, labels) if steps else {}
+    save_file({"logits": logits, "loss": loss, **gradients, **after,
                **{f"start.{key}": value for key, value in start.items() if torch.equal(value, other[key])}},
               directory / "oracle.safetensors")
     lost = (before - logits).abs().max().item()
@@ -255,16 +305,20 @@ def write_case(base, case, directory):
 
 
 def write(model_directory, output, names=()):
-    """DIR/<name> for those named, or for every case and nothing else."""
+    """DIR/<name> for those named, or for every case and nothing else; and the directory of NF4 beside it."""
+    nf4 = output.parent / f"{output.name}_nf4"
     if not names:
         shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(nf4, ignore_errors=True)
     torch.set_num_threads(1)
     prepare_peft()
     base = copies_of(model_directory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on models without a name
         for name in names or CASES:
-            write_case(base, CASES[name], output / name)
+            write_case(base, CASES[name], output / name, name in STEPPED)
+        for name in [name for name in NF4 if not names or name in names]:
+            write_case(lambda: through_nf4(base()), CASES[name], nf4 / name, steps=False)
 
 
 def main():
