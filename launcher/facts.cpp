@@ -1,9 +1,7 @@
 #include "launcher/facts.h"
 
 #include <cstdio>
-#include <filesystem>
 
-#include "configs/check.h"
 #include "configs/names.h"
 
 namespace graft::launcher {
@@ -58,25 +56,6 @@ std::string count_text(int64_t n) {
   std::snprintf(text, sizeof text, "%.2f %s", static_cast<double>(n) / (billions ? 1e9 : 1e6),
                 billions ? "B" : "M");
   return text;
-}
-
-std::vector<std::string> adapter_parts(const std::string& directory) {
-  namespace fs = std::filesystem;
-  const auto is_adapter = [](const std::string& path) {
-    return fs::exists(path + "/adapter_config.json");
-  };
-  if (is_adapter(directory)) return {directory};
-  GRAFT_CHECK(!fs::is_regular_file(directory), ExitCode::kData, directory,
-              ": a file; expected an adapter folder in PEFT's layout. One of LyCORIS's becomes a ",
-              "folder by graft export --to peft");
-  std::vector<std::string> parts;
-  for (std::string part = directory + "/0"; is_adapter(part);
-       part = directory + "/" + std::to_string(parts.size())) {
-    parts.push_back(part);
-  }
-  GRAFT_CHECK(!parts.empty(), ExitCode::kData, directory,
-              ": no adapter_config.json; expected an adapter folder in PEFT's layout");
-  return parts;
 }
 
 }  // namespace graft::launcher

@@ -9,6 +9,7 @@
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "launcher/adapter_folder.h"
 #include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/starts.h"

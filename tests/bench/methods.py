@@ -1,4 +1,4 @@
-"""Every method with its defaults for 30 steps on SmolLM2-135M-Instruct in NF4, two ranks, four rows of 64 tokens again and
+"""Every method with its defaults for 30 steps on SmolLM2-135M-Instruct in NF4, two ranks, two rows of 64 tokens again and
 again: whether the loss falls, what memory and time a step takes. Writes README's table.
 
 usage: .venv/bin/python tests/bench/methods.py [NAME...]     runs those that have no result yet; default: every method
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = pathlib.Path(os.environ.get("GRAFT_BINARY_DIR", ROOT / "build/release")) / "graft"
 RESULTS = ROOT / "build/bench/methods"
 BEGIN, END = "<!-- methods -->", "<!-- end of methods -->"  # the lines in README.md that the table stands between
-STEPS, ROWS, LENGTH = 30, 4, 64
+STEPS, ROWS, LENGTH = 30, 2, 64
 RATE = 2e-3
 # Where that rate is not of the method's kind: factors that start at one, few values a slot, or whole matrices.
 RATES = dict.fromkeys(("bitfit", "beft", "ia3", "layernorm_tuning", "vera", "pvera", "lora_xs", "fourierft", "c3a", "prompt_tuning",
@@ -42,7 +42,7 @@ def model_path():
 
 
 def write_rows(folder, recipe):
-    """Four pieces of this repository's text, as `prepare` makes them."""
+    """Two pieces of this repository's text, as `prepare` makes them."""
     shards = folder / recipe[-1]
     if shards.exists():
         return shards

@@ -18,7 +18,7 @@ import check_peft  # noqa: E402
 from lycoris import modules as lycoris  # noqa: E402
 from lycoris.modules.boft import ButterflyOFTModule  # noqa: E402
 from lycoris.modules.ia3 import IA3Module  # noqa: E402
-from make_fixtures import fill  # noqa: E402
+from make_fixtures import copies_of, fill  # noqa: E402
 
 BASE = ORACLE / "qwen2"  # has biases on q, k, v
 Q, V, UP, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
@@ -60,16 +60,9 @@ FOLDERS = {"diag_oft": 1, "boft_rescaled": 2, "lokr_full": 1, "lokr_unbalanced":
 
 @pytest.fixture(scope="module")
 def base():
+    """base() -> the model, a new one each time."""
     torch.set_num_threads(1)
-    model = check_peft.load_base(BASE / "model")
-    return model, {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def fresh(base):
-    model, weights = base
-    copy = type(model)(model.config)
-    copy.load_state_dict(weights)
-    return copy.eval()
+    return copies_of(BASE / "model")
 
 
 def make_modules(model, kinds, arguments):
@@ -95,7 +88,7 @@ def written(base, tmp_path_factory):
 
     def call(name):
         if name not in done:
-            model = fresh(base)
+            model = base()
             modules = make_modules(model, *CASES[name])
             with torch.no_grad():
                 for prefix, module in modules.items():
@@ -127,7 +120,7 @@ def logits_of_graft(folders, directory):
 
 
 def expect_logits(ours, theirs, base):
-    untouched = check_peft.logits_of(fresh(base), check_peft.read_rows(BASE / "rows.h5"))
+    untouched = check_peft.logits_of(base(), check_peft.read_rows(BASE / "rows.h5"))
     size = max(logits.abs().max().item() for logits in theirs)
     assert check_peft.largest_difference(ours, theirs) < TOLERANCE * size
     assert check_peft.largest_difference(untouched, theirs) > 100 * TOLERANCE * size, "the adapter changes nothing"
@@ -150,7 +143,7 @@ def test_lycoris_loads_what_is_written_back(name, written, base, tmp_path):
     import_file(path, tmp_path / "adapter")
     back = tmp_path / "back.safetensors"
     succeed("export", "--adapter", tmp_path / "adapter", "--to", "lycoris", "--model", BASE / "model", "--output", back)
-    model, tensors = fresh(base), load_file(back)
+    model, tensors = base(), load_file(back)
     for name in sorted({key.split(".")[0] for key in tensors}):
         layer = model.get_submodule(module_path(name))
         kind, weights = lycoris.get_module(tensors, name)
@@ -189,7 +182,7 @@ def load(kind, name, layer, weights, tensors):
 def test_pefts_adapters_are_written_for_lycoris(name, base, tmp_path):
     adapter, back = ORACLE / "peft_methods" / name, tmp_path / "lycoris.safetensors"
     succeed("export", "--adapter", adapter, "--to", "lycoris", "--model", BASE / "model", "--output", back)
-    model, tensors = fresh(base), load_file(back)
+    model, tensors = base(), load_file(back)
     for key in sorted({key.split(".")[0] for key in tensors}):
         layer = model.get_submodule(module_path(key))
         kind, weights = lycoris.get_module(tensors, key)
