@@ -66,14 +66,10 @@ LowRank factorised(const Tensor& change, int64_t rank) {
 
 std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots,
                                                       const std::string& verb) {
-  const auto refuse = [&](const auto& sites) {
-    for (const auto& site : sites) {
-      GRAFT_CHECK(site.slot->empty(), verb, ": an adapter acts at ", site.name,
-                  ", which is no matrix; only changes of matrices can be merged");
-    }
-  };
-  refuse(slots.sublayers), refuse(slots.attentions), refuse(slots.sequences);
-  refuse(slots.tensors), refuse(slots.carries), refuse(slots.losses);
+  slots.each_beside_matrices([&](const auto& site) {
+    GRAFT_CHECK(site.slot->empty(), verb, ": an adapter acts at ", site.name,
+                ", which is no matrix; only changes of matrices can be merged");
+  });
   std::vector<const peft::LinearSite*> changed;
   for (const auto* sites : {&slots.linears, &slots.gains}) {
     for (const peft::LinearSite& site : *sites) {

@@ -41,12 +41,10 @@ std::string facts_text(const Facts& facts) {
 }
 
 int64_t num_parameters(models::Model& model) {
-  struct Count : models::Visitor {
-    int64_t n = 0;
-    void weight(const std::string&, models::Weight& w) override { n += w.numel(); }
-  } count;
-  for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, count);
-  return count.n;
+  int64_t n = 0;
+  models::for_each_weight(
+      model, [&](int, const std::string&, const models::Weight& w) { n += w.numel(); });
+  return n;
 }
 
 std::string count_text(int64_t n) {

@@ -42,12 +42,8 @@ std::unique_ptr<dist::Comm> make_shard_comm(const World& world, const std::strin
 class LoadedWeights : public peft::BaseWeights {
  public:
   LoadedWeights(models::Model& model, dist::BlockStore& store) : store_(store) {
-    struct Collect : models::Visitor {
-      std::map<std::string, models::Weight*>& weights;
-      explicit Collect(std::map<std::string, models::Weight*>& w) : weights(w) {}
-      void weight(const std::string& name, models::Weight& w) override { weights[name] = &w; }
-    } collect(weights_);
-    for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, collect);
+    models::for_each_weight(
+        model, [&](int, const std::string& name, models::Weight& w) { weights_[name] = &w; });
   }
   at::Tensor weight(const peft::LinearSite& site) override {
     // A head without a matrix of its own shares the embedding's.
