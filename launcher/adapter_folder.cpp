@@ -1,5 +1,7 @@
 #include "launcher/adapter_folder.h"
 
+#include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
@@ -26,12 +28,23 @@ std::vector<std::string> adapter_parts(const std::string& directory) {
   return parts;
 }
 
-std::vector<std::string> attach_all(peft::Peft& adapters,
-                                    const std::vector<std::string>& directories) {
+AdapterChoice read_choice(const std::string& text) {
+  const size_t equals = text.rfind('=');
+  if (equals == std::string::npos || fs::exists(text)) return {text};
+  const std::string number = text.substr(equals + 1);
+  char* end = nullptr;
+  const double weight = std::strtod(number.c_str(), &end);
+  GRAFT_CHECK(!number.empty() && *end == 0 && std::isfinite(weight), "--adapter ", text, ": '",
+              number, "' is no weight; expected DIR or DIR=WEIGHT");
+  return {text.substr(0, equals), weight};
+}
+
+std::vector<std::string> attach_all(peft::Peft& adapters, const std::vector<std::string>& choices) {
   std::vector<std::string> all;
-  for (const std::string& directory : directories) {
+  for (const std::string& text : choices) {
+    const auto [directory, weight] = read_choice(text);
     for (const std::string& part : adapter_parts(directory)) {
-      adapters.attach_frozen(part);
+      adapters.attach_frozen(part, weight);
       all.push_back(part);
     }
   }

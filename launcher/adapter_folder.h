@@ -17,9 +17,16 @@ constexpr const char* kAdapterWeights = "/adapter_model.safetensors";
 /// @throws graft::Error (kData) if there is no adapter_config.json
 std::vector<std::string> adapter_parts(const std::string& directory);
 
+/// An adapter as verbs take it, and how much of it counts.
+struct AdapterChoice {
+  std::string directory;
+  double weight = 1;
+};
+/// @param text  DIR or DIR=WEIGHT
+AdapterChoice read_choice(const std::string& text);
+
 /// Freezes all parts of these on a model, in their order. @return the parts
-std::vector<std::string> attach_all(peft::Peft& adapters,
-                                    const std::vector<std::string>& directories);
+std::vector<std::string> attach_all(peft::Peft& adapters, const std::vector<std::string>& choices);
 
 /// Puts the two files of an adapter into a folder that is there.
 void write_adapter_files(const std::string& folder, const peft::Peft::Saved& saved,

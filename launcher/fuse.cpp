@@ -43,7 +43,7 @@ using Parts = std::map<std::string, std::vector<FusionPart>>;
 std::string add_concept(World& world, Run run, const FuseOptions& options, size_t number,
                         const std::vector<std::string>& names, Parts& parts) {
   run.peft.clear();
-  run.model.adapters.values = adapter_parts(options.adapters[number]);
+  add_adapter(run.model, options.adapters[number]);
   run.data.eval = options.data[number].c_str();
   Workbench bench = build_workbench(world, run);
   std::vector<const peft::LinearSite*> sites;

@@ -3,9 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <chrono>
-#include <cmath>
 #include <cstdlib>
-#include <filesystem>
 
 #include "configs/check.h"
 #include "configs/log.h"
@@ -169,17 +167,7 @@ void attach_frozen(peft::Peft& adapters, const ModelConfig& model, size_t i) {
 }
 
 void add_adapter(ModelConfig& model, const std::string& text) {
-  std::string directory = text;
-  double weight = 1;
-  const size_t equals = text.rfind('=');
-  if (equals != std::string::npos && !std::filesystem::exists(text)) {
-    const std::string number = text.substr(equals + 1);
-    char* end = nullptr;
-    weight = std::strtod(number.c_str(), &end);
-    GRAFT_CHECK(!number.empty() && *end == 0 && std::isfinite(weight), "--adapter ", text, ": '",
-                number, "' is no weight; expected DIR or DIR=WEIGHT");
-    directory.resize(equals);
-  }
+  const auto [directory, weight] = read_choice(text);
   for (const std::string& part : adapter_parts(directory)) {
     model.adapter_weights.resize(model.adapters.values.size(), 1);
     if (!model.adapter_names.empty()) model.adapter_names.push_back(part);
