@@ -25,8 +25,8 @@ STEPS, ROWS, LENGTH = 30, 2, 64
 RATE = 2e-3
 # Where that rate is not of the method's kind: factors that start at one, few values a slot, or whole matrices.
 RATES = dict.fromkeys(("bitfit", "beft", "ia3", "layernorm_tuning", "vera", "pvera", "lora_xs", "fourierft", "c3a", "prompt_tuning",
-                       "p_tuning", "prefix_tuning", "llama_adapter", "road", "waveft", "vblora", "shira"), 2e-2)
-RATES |= dict.fromkeys(("full", "freeze_layers", "full_delta"), 2e-5)
+                       "p_tuning", "prefix_tuning", "llama_adapter", "road", "vblora", "shira", "adalora"), 2e-2)
+RATES |= {"full": 2e-5, "freeze_layers": 2e-5, "full_delta": 2e-4, "unilora": 0.3}
 # What has no default that could do: a method to act on, a length that divides the widths of this model, words of these rows.
 LISTS = {
     "l2_sp": [{"method": "lora"}, {"method": "l2_sp"}],
@@ -49,7 +49,8 @@ def write_rows(folder, recipe):
     paragraphs = [p for p in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n\n") if len(p) > 250]
     assert len(paragraphs) >= ROWS, "CONTRIBUTING.md has too few paragraphs"
     source = folder / "rows.jsonl"
-    rows = [{"text": p, "label": ("even", "odd")[i % 2]} for i, p in enumerate(paragraphs[:ROWS])]
+    # So short that each is one row: every step sees the same ones.
+    rows = [{"text": p[:220], "label": ("even", "odd")[i % 2]} for i, p in enumerate(paragraphs[:ROWS])]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     subprocess.run([PROGRAM, "prepare", *recipe, "--input", source, "--model", model_path(), "--output", shards,
                     "--max-length", str(LENGTH), "--eval-fraction", "0"], check=True, stdout=subprocess.DEVNULL)
