@@ -50,7 +50,7 @@ def write_rows(folder, recipe):
     assert len(paragraphs) >= ROWS, "CONTRIBUTING.md has too few paragraphs"
     source = folder / "rows.jsonl"
     # So short that each is one row: every step sees the same ones.
-    rows = [{"text": p[:220], "label": ("even", "odd")[i % 2]} for i, p in enumerate(paragraphs[:ROWS])]
+    rows = [{"text": p[:150], "label": ("even", "odd")[i % 2]} for i, p in enumerate(paragraphs[:ROWS])]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     subprocess.run([PROGRAM, "prepare", *recipe, "--input", source, "--model", model_path(), "--output", shards,
                     "--max-length", str(LENGTH), "--eval-fraction", "0"], check=True, stdout=subprocess.DEVNULL)
