@@ -8,6 +8,7 @@
 
 #include "configs/check.h"
 #include "kernels/random/random.h"
+#include "peft/adapter_file.h"
 
 namespace graft::launcher {
 namespace {
@@ -45,23 +46,6 @@ Tensor column_space(const Tensor& d) {
   return at::eye(d.size(0), d.options());
 }
 
-/// An entry of the `peft` list: LoRA of these ranks, with a scale of one.
-peft::MethodEntry lora_entry(const std::map<std::string, int64_t>& ranks) {
-  nlohmann::json targets = nlohmann::json::array(), pattern = nlohmann::json::object();
-  int64_t largest = 0;
-  for (const auto& [path, rank] : ranks) {
-    targets.push_back(path);
-    largest = std::max(largest, rank);
-  }
-  for (const auto& [path, rank] : ranks) {
-    if (rank != largest) pattern[path] = rank;
-  }
-  const nlohmann::json entry{
-      {"method", "lora"},      {"target_modules", targets}, {"r", largest},
-      {"lora_alpha", largest}, {"rank_pattern", pattern},   {"alpha_pattern", pattern}};
-  return configs::read_text<peft::MethodEntry>(entry.dump(), "the LoRA to be written");
-}
-
 }  // namespace
 
 LowRank factorised(const Tensor& change, int64_t rank) {
@@ -82,14 +66,10 @@ LowRank factorised(const Tensor& change, int64_t rank) {
 
 std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots,
                                                       const std::string& verb) {
-  const auto refuse = [&](const auto& sites) {
-    for (const auto& site : sites) {
-      GRAFT_CHECK(site.slot->empty(), verb, ": an adapter acts at ", site.name,
-                  ", which is no matrix; only changes of matrices can be merged");
-    }
-  };
-  refuse(slots.sublayers), refuse(slots.attentions), refuse(slots.sequences);
-  refuse(slots.tensors), refuse(slots.carries), refuse(slots.losses);
+  slots.each_beside_matrices([&](const auto& site) {
+    GRAFT_CHECK(site.slot->empty(), verb, ": an adapter acts at ", site.name,
+                ", which is no matrix; only changes of matrices can be merged");
+  });
   std::vector<const peft::LinearSite*> changed;
   for (const auto* sites : {&slots.linears, &slots.gains}) {
     for (const peft::LinearSite& site : *sites) {
@@ -103,10 +83,35 @@ std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots
   return changed;
 }
 
+std::unique_ptr<peft::Peft> lora_of(models::Model& model,
+                                    const std::map<const peft::LinearSite*, LowRank>& factors) {
+  nlohmann::json targets = nlohmann::json::array(), pattern = nlohmann::json::object();
+  std::map<std::string, Tensor> tensors;
+  int64_t largest = 0;
+  for (const auto& [site, low] : factors) largest = std::max(largest, low.a.size(0));
+  for (const auto& [site, low] : factors) {
+    const bool table = site->info.kind == models::LinearKind::kEmbedding;
+    const std::string key = std::string(peft::kFilePrefix) + site->hf_path;
+    tensors[key + (table ? ".lora_embedding_A" : ".lora_A.weight")] = low.a;
+    tensors[key + (table ? ".lora_embedding_B" : ".lora_B.weight")] = low.b;
+    targets.push_back(site->hf_path);
+    if (low.a.size(0) != largest) pattern[site->hf_path] = low.a.size(0);
+  }
+  const nlohmann::json text{
+      {"method", "lora"},      {"target_modules", targets}, {"r", largest},
+      {"lora_alpha", largest}, {"rank_pattern", pattern},   {"alpha_pattern", pattern}};
+  auto entry = configs::read_text<peft::MethodEntry>(text.dump(), "the LoRA to be written");
+  auto lora = std::make_unique<peft::Peft>(model, at::kCPU, 0);
+  lora->attach(entry);
+  const at::NoGradGuard no_grad;
+  for (const peft::Param& param : lora->params().all())
+    Tensor(param.value).copy_(tensors.at(param.hf_key));
+  return lora;
+}
+
 LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
                        std::unique_ptr<models::Model> model, int64_t rank) {
-  std::map<std::string, Tensor> tensors;
-  std::map<std::string, int64_t> ranks;
+  std::map<const peft::LinearSite*, LowRank> factors;
   LoraConversion result;
   LoraReport& report = result.report;
   double all = 0, lost = 0;
@@ -123,10 +128,9 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
     const int64_t r = low.a.size(0), in = low.a.size(1), out = low.b.size(0);
     lora_elems += r * (in + out), matrix_elems += in * out;
     if (low.exact == std::min(in, out)) full = site->name;
-    const std::string key = "base_model.model." + site->hf_path;
-    tensors[key + (table ? ".lora_embedding_A" : ".lora_A.weight")] = low.a;
-    tensors[key + (table ? ".lora_embedding_B" : ".lora_B.weight")] = low.b;
-    ranks[site->hf_path] = r;
+    factors[site] = low;
+    report.smallest_rank = factors.size() == 1 ? r : std::min(report.smallest_rank, r);
+    report.largest_rank = std::max(report.largest_rank, r);
     const double energy = change.square().sum().item<double>();
     all += energy, lost += low.lost * energy;
     if (low.lost > report.most_lost) report.most_lost = low.lost, report.lost_most = site->name;
@@ -134,18 +138,10 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
   GRAFT_CHECK(rank > 0 || lora_elems < matrix_elems, "export: a LoRA of all of it would be no ",
               "smaller than the matrices, ", lora_elems, " numbers for ", matrix_elems, ": at ",
               full, ", say, the change has full rank; give --rank N for the nearest of that rank");
-  const auto [least, most] = std::minmax_element(
-      ranks.begin(), ranks.end(), [](auto& a, auto& b) { return a.second < b.second; });
-  report.num_matrices = std::ssize(ranks);
-  report.smallest_rank = least->second, report.largest_rank = most->second;
+  report.num_matrices = std::ssize(factors);
   report.lost = all == 0 ? 0 : lost / all;
   result.model = std::move(model);
-  result.adapters = std::make_unique<peft::Peft>(*result.model, at::kCPU, 0);
-  auto entry = lora_entry(ranks);
-  result.adapters->attach(entry);
-  const at::NoGradGuard no_grad;
-  for (const peft::Param& param : result.adapters->params().all())
-    Tensor(param.value).copy_(tensors.at(param.hf_key));
+  result.adapters = lora_of(*result.model, factors);
   return result;
 }
 

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,6 +38,10 @@ struct LoraConversion {
   std::unique_ptr<peft::Peft> adapters;  ///< the one LoRA
   LoraReport report;
 };
+
+/// One LoRA with these factors and a scale of one.
+std::unique_ptr<peft::Peft> lora_of(models::Model& model,
+                                    const std::map<const peft::LinearSite*, LowRank>& factors);
 
 /// @param stack  adapters on the base, innermost first, with their values
 /// @param rank   of every matrix's LoRA; 0: as many as its change has, so that nothing is lost

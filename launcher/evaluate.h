@@ -13,6 +13,10 @@ struct EvalResult {
   int64_t targets = 0;
   int64_t hits = 0;  ///< targets whose logit is the largest; counted if eval.metrics has accuracy
   int64_t documents = 0;
+
+  double accuracy() const {
+    return targets > 0 ? static_cast<double>(hits) / static_cast<double>(targets) : 0;
+  }
 };
 
 enum class Adapters { kOff, kOn };

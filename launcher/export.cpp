@@ -10,16 +10,12 @@
 #include <set>
 
 #include "configs/check.h"
-#include "launcher/checkpoint/manifest.h"
-#include "launcher/facts.h"
+#include "launcher/adapter_folder.h"
+#include "launcher/checkpoint/folder.h"
 #include "launcher/source_weights.h"
-#include "models/base.h"
 #include "models/io/gguf_writer.h"
 #include "models/io/json_file.h"
-#include "models/io/open_source.h"
 #include "models/io/safetensors.h"
-#include "models/load.h"
-#include "models/match.h"
 #include "peft/adapter_file.h"
 #include "peft/lycoris_file.h"
 #include "peft/peft.h"
@@ -31,29 +27,6 @@ namespace fs = std::filesystem;
 using at::Tensor;
 using Json = nlohmann::json;
 
-/// A base that is only looked at, with the adapters' claims on it held against it.
-class Base {
- public:
-  explicit Base(const std::string& path) : path_(path) {}
-  std::unique_ptr<models::Model> make_model() const {
-    return models::make_model(models::read_base_config(path_));
-  }
-  /// Opens the weights.
-  peft::BaseWeights& weights(models::Model& model) {
-    source_ = models::io::open_source(path_);
-    matched_ = models::match_weights(model, *source_);
-    weights_.emplace(matched_, *source_, model.info().head_dim);
-    return *weights_;
-  }
-  std::string fingerprint() { return models::fingerprint(*source_, matched_); }
-
- private:
-  std::string path_;
-  std::unique_ptr<models::io::TensorSource> source_;
-  std::vector<models::MatchedWeight> matched_;
-  std::optional<SourceWeights> weights_;
-};
-
 /// Adapters on their base, as if they were to be trained on.
 struct Adapted {
   std::unique_ptr<models::Model> model;
@@ -63,18 +36,17 @@ struct Adapted {
 };
 
 Adapted put_on_model(const std::string& directory, const ExportOptions& options) {
-  Base base(options.model);
+  UnloadedBase base(options.model);
   Adapted a;
   a.model = base.make_model();
   a.adapters = std::make_unique<peft::Peft>(*a.model, at::kCPU, 0);
   peft::MethodEntry entry{"", nullptr, directory};
   a.adapters->attach(entry);
-  a.adapters->load(directory);
   a.saved = a.adapters->save(0, {});
   const peft::AdapterFile file(directory);
   const bool has_print = !options.any_base && !peft::base_fingerprint(directory).empty();
   if (has_print || file.has_base_copies()) {
-    a.adapters->check_base_copies(base.weights(*a.model));
+    a.adapters->check_base_copies(base.open(*a.model));
     if (has_print) a.adapters->check_fingerprints([&] { return base.fingerprint(); });
   }
   return a;
@@ -92,15 +64,11 @@ peft::BaseFacts base_facts(const std::string& directory) {
 }
 
 Adapted put_on_as_lora(const ExportOptions& options) {
-  Base base(options.model);
+  UnloadedBase base(options.model);
   const auto model = base.make_model();
   peft::Peft stack(*model, at::kCPU, 0);
-  std::vector<std::string> parts;
-  for (const std::string& directory : options.adapters) {
-    for (const std::string& part : adapter_parts(directory)) parts.push_back(part);
-  }
-  for (const std::string& part : parts) stack.attach_frozen(part);
-  peft::BaseWeights& weights = base.weights(*model);
+  const auto parts = attach_all(stack, options.adapters);
+  peft::BaseWeights& weights = base.open(*model);
   if (!options.any_base) stack.check_fingerprints([&] { return base.fingerprint(); });
   stack.initialize(weights);
   auto [lora_model, lora, report] = as_lora(stack, weights, base.make_model(), options.rank);
@@ -113,12 +81,12 @@ enum class BaseCopies { kKeep, kDrop };
 /// The adapter's own files. Copies of the base may be dropped once they were held against it.
 peft::Peft::Saved read_adapter(const std::string& directory, BaseCopies copies) {
   peft::Peft::Saved saved;
-  saved.config = models::io::read_json_file(directory + "/adapter_config.json");
+  saved.config = models::io::read_json_file(directory + kAdapterConfig);
   GRAFT_CHECK(saved.config.is_object() && saved.config.value("peft_type", Json()).is_string(),
               directory,
               ": its method has no PEFT form (adapter_config.json names no peft_type), so no other "
               "program can read it");
-  const models::io::SafetensorsFile file(directory + "/adapter_model.safetensors");
+  const models::io::SafetensorsFile file(directory + kAdapterWeights);
   for (const auto& entry : file.entries()) {
     if (copies == BaseCopies::kKeep || !entry.name.ends_with(peft::kBaseCopy))
       saved.tensors.emplace_back(entry.name, file.read(entry.name));
@@ -178,13 +146,6 @@ void export_gguf(const Adapted& a, const std::string& path) {
                          tensors);
 }
 
-void write_folder(const std::string& folder, const peft::Peft::Saved& saved,
-                  const models::io::SafetensorsMetadata& metadata) {
-  fs::create_directories(folder);
-  models::io::write_safetensors(folder + "/adapter_model.safetensors", saved.tensors, metadata);
-  write_text(folder + "/adapter_config.json", saved.config.dump(2) + "\n");
-}
-
 /// Folders of a LyCORIS file; each is put on the model, so that what cannot be used is not left.
 void import_lycoris(const ExportOptions& options) {
   const std::string& file = options.adapters.front();
@@ -192,26 +153,23 @@ void import_lycoris(const ExportOptions& options) {
                   !options.model.empty(),
               "export: ", file,
               " is a file; one of LyCORIS's becomes a folder with --to peft --model BASE");
-  Base base(options.model);
+  UnloadedBase base(options.model);
   const auto model = base.make_model();
-  const auto parts = peft::read_lycoris(file, peft::SlotMap(*model), base.weights(*model));
-  try {
-    for (size_t i = 0; i < parts.size(); ++i) {
-      const std::string folder = peft::part_directory(options.output, i, parts.size());
-      write_folder(folder, parts[i], parts[i].metadata);
-      put_on_model(folder, options);
-    }
-  } catch (...) {
-    fs::remove_all(options.output);
-    throw;
+  const auto parts = peft::read_lycoris(file, peft::SlotMap(*model), base.open(*model));
+  FolderReplacement output(options.output);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const std::string part = peft::part_directory(output.partial_path(), i, parts.size());
+    write_adapter_files(part, parts[i], parts[i].metadata);
+    put_on_model(part, options);
   }
+  output.commit();
 }
 
 void export_lycoris(const ExportOptions& options) {
-  Base base(options.model);
+  UnloadedBase base(options.model);
   const auto model = base.make_model();
   const peft::SlotMap slots(*model);
-  peft::BaseWeights& weights = base.weights(*model);
+  peft::BaseWeights& weights = base.open(*model);
   models::io::NamedTensors tensors;
   std::set<std::string> names;
   for (const std::string& part : adapter_parts(options.adapters.front())) {
@@ -228,8 +186,7 @@ void export_lycoris(const ExportOptions& options) {
 }  // namespace
 
 std::optional<LoraReport> export_adapter(const ExportOptions& options) {
-  GRAFT_CHECK(!fs::exists(options.output), "export: ", options.output,
-              " exists; nothing is overwritten");
+  check_unused("export", options.output);
   const bool converts = options.as == "lora", gguf = options.to == "gguf";
   const std::string& first = options.adapters.front();
   GRAFT_CHECK((!gguf && options.to != "lycoris") || !options.model.empty(), "export: --to ",
@@ -272,7 +229,9 @@ std::optional<LoraReport> export_adapter(const ExportOptions& options) {
                                   {{"format", "pt"}, {"adapter_config", saved.config.dump()}});
     return a.report;
   }
-  write_folder(options.output, saved, {{"format", "pt"}});
+  FolderReplacement output(options.output);
+  write_adapter_files(output.partial_path(), saved, {{"format", "pt"}});
+  output.commit();
   return a.report;
 }
 

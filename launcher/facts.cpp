@@ -1,9 +1,7 @@
 #include "launcher/facts.h"
 
 #include <cstdio>
-#include <filesystem>
 
-#include "configs/check.h"
 #include "configs/names.h"
 
 namespace graft::launcher {
@@ -43,12 +41,10 @@ std::string facts_text(const Facts& facts) {
 }
 
 int64_t num_parameters(models::Model& model) {
-  struct Count : models::Visitor {
-    int64_t n = 0;
-    void weight(const std::string&, models::Weight& w) override { n += w.numel(); }
-  } count;
-  for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, count);
-  return count.n;
+  int64_t n = 0;
+  models::for_each_weight(
+      model, [&](int, const std::string&, const models::Weight& w) { n += w.numel(); });
+  return n;
 }
 
 std::string count_text(int64_t n) {
@@ -58,25 +54,6 @@ std::string count_text(int64_t n) {
   std::snprintf(text, sizeof text, "%.2f %s", static_cast<double>(n) / (billions ? 1e9 : 1e6),
                 billions ? "B" : "M");
   return text;
-}
-
-std::vector<std::string> adapter_parts(const std::string& directory) {
-  namespace fs = std::filesystem;
-  const auto is_adapter = [](const std::string& path) {
-    return fs::exists(path + "/adapter_config.json");
-  };
-  if (is_adapter(directory)) return {directory};
-  GRAFT_CHECK(!fs::is_regular_file(directory), ExitCode::kData, directory,
-              ": a file; expected an adapter folder in PEFT's layout. One of LyCORIS's becomes a ",
-              "folder by graft export --to peft");
-  std::vector<std::string> parts;
-  for (std::string part = directory + "/0"; is_adapter(part);
-       part = directory + "/" + std::to_string(parts.size())) {
-    parts.push_back(part);
-  }
-  GRAFT_CHECK(!parts.empty(), ExitCode::kData, directory,
-              ": no adapter_config.json; expected an adapter folder in PEFT's layout");
-  return parts;
 }
 
 }  // namespace graft::launcher

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <vector>
 
 #include "models/model.h"
 
@@ -21,9 +20,5 @@ std::string facts_text(const Facts& facts);
 int64_t num_parameters(models::Model& model);
 /// "960", "4.88 M", "70.55 B".
 std::string count_text(int64_t n);
-
-/// The folders of an adapter: itself, or its numbered parts.
-/// @throws graft::Error (kData) if there is no adapter_config.json
-std::vector<std::string> adapter_parts(const std::string& directory);
 
 }  // namespace graft::launcher

@@ -10,6 +10,7 @@
 
 #include "configs/check.h"
 #include "data/shard_file.h"
+#include "launcher/adapter_folder.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/inspect_adapter.h"
 #include "models/base.h"

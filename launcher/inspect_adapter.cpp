@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "configs/check.h"
+#include "launcher/adapter_folder.h"
 #include "launcher/evaluate.h"
 #include "launcher/workbench.h"
 #include "models/io/json_file.h"
@@ -18,8 +19,10 @@ using at::Tensor;
 using models::io::SafetensorsFile;
 using Problems = std::vector<std::string>;
 
-/// The partner of a low-rank factor: ...lora_A... of ...lora_B..., empty for any other tensor.
+/// The partner of a low-rank factor: ...lora_A... of ...lora_B..., empty for any other tensor (a
+/// bias stands beside lora_B alone).
 std::string partner_of(const std::string& key) {
+  if (key.ends_with(".bias")) return "";
   for (const auto& [a, b] :
        {std::pair{".lora_A", ".lora_B"}, std::pair{".lora_embedding_A", ".lora_embedding_B"}}) {
     for (const auto& [mine, other] : {std::pair{a, b}, std::pair{b, a}}) {
@@ -112,10 +115,9 @@ Tensor logits(Workbench& bench, Adapters adapters) {
 }  // namespace
 
 Inspection inspect_adapter(const std::string& directory) {
-  const nlohmann::json config = models::io::read_json_file(directory + "/adapter_config.json");
-  GRAFT_CHECK(config.is_object(), ExitCode::kData, directory,
-              "/adapter_config.json: not an object");
-  const SafetensorsFile file(directory + "/adapter_model.safetensors");
+  const nlohmann::json config = models::io::read_json_file(directory + kAdapterConfig);
+  GRAFT_CHECK(config.is_object(), ExitCode::kData, directory, kAdapterConfig, ": not an object");
+  const SafetensorsFile file(directory + kAdapterWeights);
   const auto own = peft::AdapterFile(directory).facts();
   Inspection result;
   Facts& facts = result.facts;

@@ -11,19 +11,17 @@
 #include "configs/check.h"
 #include "kernels/nf4/code_books.h"
 #include "kernels/nf4/nf4.h"
+#include "launcher/adapter_folder.h"
 #include "launcher/as_lora.h"
+#include "launcher/checkpoint/folder.h"
 #include "launcher/checkpoint/manifest.h"
-#include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/source_weights.h"
 #include "launcher/tokenizer_pipe.h"
 #include "models/base.h"
 #include "models/io/bitsandbytes.h"
 #include "models/io/gguf_source.h"
-#include "models/io/open_source.h"
 #include "models/io/safetensors.h"
-#include "models/load.h"
-#include "models/match.h"
 #include "peft/peft.h"
 
 namespace graft::launcher {
@@ -238,37 +236,6 @@ std::string write_tokenizer(const std::string& model, const fs::path& output) {
   }
 }
 
-/// OUT.partial, which becomes OUT or goes.
-class PartialFolder {
- public:
-  explicit PartialFolder(const std::string& output) : final_(fs::path(output).lexically_normal()) {
-    if (final_.filename().empty()) final_ = final_.parent_path();  // "out/"
-    path_ = final_.string() + ".partial";
-    GRAFT_CHECK(!fs::exists(final_) || (fs::is_directory(final_) && fs::is_empty(final_)),
-                "merge: ", output, " exists and is not an empty folder; nothing is overwritten");
-    GRAFT_CHECK(!fs::exists(path_), "merge: ", path_,
-                " is left from a merge that was cut off; remove it");
-    std::error_code error;
-    fs::create_directories(path_, error);
-    GRAFT_CHECK(!error, "merge: ", path_, " cannot be made: ", error.message());
-  }
-  ~PartialFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  PartialFolder(const PartialFolder&) = delete;
-  PartialFolder& operator=(const PartialFolder&) = delete;
-  void commit() {
-    sync_directory(path_);
-    fs::rename(path_, final_);
-  }
-  const std::string& path() const { return path_; }
-
- private:
-  fs::path final_;
-  std::string path_;
-};
-
 /// Writes one safetensors file, a tensor at a time.
 void write_file(const std::string& path, const std::vector<Planned>& items,
                 const std::function<Stored(const Planned&)>& read) {
@@ -311,24 +278,24 @@ double Survival::share() const { return change == 0 ? 1.0 : std::max(0.0, 1.0 - 
 
 MergeReport merge(const MergeOptions& options) {
   const at::NoGradGuard no_grad;
-  const auto model = models::make_model(models::read_base_config(options.model));
+  UnloadedBase unloaded(options.model);
+  const auto model = unloaded.make_model();
   peft::Peft adapters(*model, at::kCPU, 0);
-  for (const std::string& directory : options.adapters) {
-    for (const std::string& part : adapter_parts(directory)) adapters.attach_frozen(part);
-  }
-  const auto source = models::io::open_source(options.model);
-  const auto weights = models::match_weights(*model, *source);
-  SourceWeights base(weights, *source, model->info().head_dim);
-  if (!options.any_base)
-    adapters.check_fingerprints([&] { return models::fingerprint(*source, weights); });
+  attach_all(adapters, options.adapters);
+  SourceWeights& base = unloaded.open(*model);
+  if (!options.any_base) adapters.check_fingerprints([&] { return unloaded.fingerprint(); });
   adapters.initialize(base);
-  const auto planned = plan(weights, adapters, model->info(), options);
+  const auto planned = plan(unloaded.matched(), adapters, model->info(), options);
 
-  PartialFolder folder(options.output);
+  GRAFT_CHECK(!fs::exists(options.output) || fs::is_empty(options.output),
+              "merge: ", options.output,
+              " exists and is not an empty folder; nothing is overwritten");
+  FolderReplacement output(options.output);
+  const std::string folder = output.partial_path();
   MergeReport report;
   int64_t total = 0;
   for (const Planned& item : planned) total += item.bytes();
-  Progress progress("merging into " + source->describe());
+  Progress progress("merging into " + unloaded.source().describe());
   const auto read = [&](const Planned& item) {
     Stored t = merged_tensor(item, base, options, report);
     progress.update(report.bytes += item.bytes(), total);
@@ -338,7 +305,7 @@ MergeReport merge(const MergeOptions& options) {
   const auto files = cut(planned, options.max_file_bytes);
   for (size_t i = 0; i < files.size(); ++i) {
     const std::string name = file_name(i, files.size());
-    const std::string path = folder.path() + "/" + name;
+    const std::string path = folder + "/" + name;
     std::vector<std::string> names;
     if (options.quantization == "none") {
       write_file(path, files[i], read);
@@ -351,17 +318,17 @@ MergeReport merge(const MergeOptions& options) {
   progress.finish();
   if (files.size() > 1) {
     write_text(
-        folder.path() + "/model.safetensors.index.json",
+        folder + "/model.safetensors.index.json",
         Json{{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}.dump(2) + "\n");
   }
-  write_text(folder.path() + "/config.json",
+  write_text(folder + "/config.json",
              merged_config(options, model->info(), planned).dump(2) + "\n");
-  report.without_tokenizer = write_tokenizer(options.model, folder.path());
+  report.without_tokenizer = write_tokenizer(options.model, folder);
   report.num_files = static_cast<int64_t>(files.size());
   report.total.name = "all";
   for (const Survival& s : report.tensors)
     report.total.change += s.change, report.total.lost += s.lost;
-  folder.commit();
+  output.commit();
   return report;
 }
 

@@ -24,12 +24,10 @@ struct Trial {
   int64_t trained = 0, base = 0;  ///< parameters
 };
 
-template <class Sites>
-void add_roles(const Sites& sites, std::vector<std::string>& roles) {
-  for (const auto& site : sites) {
-    const bool is_new = std::find(roles.begin(), roles.end(), site.role) == roles.end();
-    if (!site.slot->empty() && is_new) roles.push_back(site.role);
-  }
+template <class Site>
+void add_role(const Site& site, std::vector<std::string>& roles) {
+  const bool is_new = std::find(roles.begin(), roles.end(), site.role) == roles.end();
+  if (!site.slot->empty() && is_new) roles.push_back(site.role);
 }
 
 /// @param option  "key: value" beside the method's defaults, or nothing
@@ -48,14 +46,11 @@ Trial attach(const std::string& method, const std::string& model_path,
   adapters.attach(entry);
   const peft::SlotMap& slots = adapters.slots();
   Trial trial;
-  add_roles(slots.sublayers, trial.roles), add_roles(slots.attentions, trial.roles),
-      add_roles(slots.sequences, trial.roles);
-  add_roles(slots.tensors, trial.roles), add_roles(slots.carries, trial.roles),
-      add_roles(slots.losses, trial.roles);
+  slots.each_beside_matrices([&](const auto& site) { add_role(site, trial.roles); });
   trial.mergeable = trial.roles.empty();  // so far: anything but matrices
   for (const auto* sites : {&slots.linears, &slots.gains}) {
-    add_roles(*sites, trial.roles);
     for (const auto& site : *sites) {
+      add_role(site, trial.roles);
       for (const auto& adapter : site.slot->adapters())
         trial.mergeable = trial.mergeable && adapter->mergeable();
     }

@@ -67,24 +67,26 @@ Metrics::Metrics(const Run& run, int64_t resumed_step, Workbench& bench) : bench
   GRAFT_CHECK(out_.good(), path, ": cannot be written");
 }
 
-void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> eval_loss,
-                   int64_t logging_steps) {
+void Metrics::step(const StepResult& r, Trainer& trainer, const Run& run,
+                   const std::optional<EvalResult>& evaluation) {
   const int64_t step = trainer.state().step;
   if (bench_.world.rank() != 0) return;
   const double tokens_per_s = static_cast<double>(r.tokens) * 1000 / r.step_ms;
   std::string details = "step " + std::to_string(step) + "/" + std::to_string(trainer.max_steps()) +
                         "  loss " + fixed(r.loss, "%.4f") + "  " + fixed(tokens_per_s, "%.0f") +
                         " tok/s";
-  if (eval_loss) details += "  eval " + fixed(*eval_loss, "%.4f");
+  const bool has_accuracy = evaluation && run.eval.wants("accuracy");
+  if (evaluation) details += "  eval " + fixed(evaluation->loss, "%.4f");
+  if (has_accuracy) details += "  accuracy " + fixed(evaluation->accuracy(), "%.4f");
   progress_.update(step, trainer.max_steps(), details);
-  if (step % logging_steps != 0 && step != trainer.max_steps() && !eval_loss) return;
+  if (step % run.log.logging_steps != 0 && step != trainer.max_steps() && !evaluation) return;
   nlohmann::ordered_json line = {
       {"step", step},
       {"epoch", r.epoch},
       {"task", nullptr},
       {"loss", r.targets > 0 ? nlohmann::ordered_json(r.loss) : nlohmann::ordered_json(nullptr)},
       {"eval_loss",
-       eval_loss ? nlohmann::ordered_json(*eval_loss) : nlohmann::ordered_json(nullptr)},
+       evaluation ? nlohmann::ordered_json(evaluation->loss) : nlohmann::ordered_json(nullptr)},
       {"learning_rate", r.learning_rate},
       {"grad_norm", r.grad_norm},
       {"tokens", trainer.state().tokens},
@@ -96,6 +98,7 @@ void Metrics::step(const StepResult& r, Trainer& trainer, std::optional<double> 
       {"bytes_reduced", r.bytes_reduced},
       {"mfu", tokens_per_s * flops_ / matmul_rate_},
       {"limit_fraction", tokens_per_s * flops_done_ / matmul_rate_}};
+  if (has_accuracy) line["eval_accuracy"] = evaluation->accuracy();
   out_ << line.dump() << '\n' << std::flush;
   GRAFT_CHECK(out_.good(), ExitCode::kData, "metrics.jsonl cannot be written: is the disk full?");
 }

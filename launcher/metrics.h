@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "launcher/evaluate.h"
 #include "launcher/progress.h"
 #include "launcher/trainer.h"
 
@@ -18,8 +19,9 @@ class Metrics {
   /// made again.
   /// Collective: the ranks measure their matrix products together.
   Metrics(const Run& run, int64_t resumed_step, Workbench& bench);
-  void step(const StepResult& result, Trainer& trainer, std::optional<double> eval_loss,
-            int64_t logging_steps);
+  /// @param evaluation  of the held-out rows after this step, if there was one
+  void step(const StepResult& result, Trainer& trainer, const Run& run,
+            const std::optional<EvalResult>& evaluation);
   void finish() { progress_.finish(); }
 
  private:

@@ -4,6 +4,10 @@
 
 #include <algorithm>
 
+#include "models/base.h"
+#include "models/io/open_source.h"
+#include "models/load.h"
+
 namespace graft::launcher {
 
 at::Tensor SourceWeights::weight(const peft::LinearSite& site) {
@@ -27,5 +31,17 @@ const models::MatchedWeight* SourceWeights::find(const std::string& name) const 
                                   [&](const auto& weight) { return weight.name == name; });
   return found == weights_.end() ? nullptr : &*found;
 }
+
+std::unique_ptr<models::Model> UnloadedBase::make_model() const {
+  return models::make_model(models::read_base_config(path_));
+}
+
+SourceWeights& UnloadedBase::open(models::Model& model) {
+  source_ = models::io::open_source(path_);
+  matched_ = models::match_weights(model, *source_);
+  return weights_.emplace(matched_, *source_, model.info().head_dim);
+}
+
+std::string UnloadedBase::fingerprint() const { return models::fingerprint(*source_, matched_); }
 
 }  // namespace graft::launcher

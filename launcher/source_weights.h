@@ -2,6 +2,9 @@
 // it.
 #pragma once
 
+#include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "models/match.h"
@@ -26,6 +29,24 @@ class SourceWeights : public peft::BaseWeights {
   const std::vector<models::MatchedWeight>& weights_;
   models::io::TensorSource& source_;
   int64_t head_dim_;
+};
+
+/// A base of which no weight is kept: its files are read where they are asked for.
+class UnloadedBase {
+ public:
+  explicit UnloadedBase(std::string path) : path_(std::move(path)) {}
+  std::unique_ptr<models::Model> make_model() const;
+  /// Opens the files, for a model of theirs.
+  SourceWeights& open(models::Model& model);
+  models::io::TensorSource& source() { return *source_; }
+  const std::vector<models::MatchedWeight>& matched() const { return matched_; }
+  std::string fingerprint() const;
+
+ private:
+  std::string path_;
+  std::unique_ptr<models::io::TensorSource> source_;
+  std::vector<models::MatchedWeight> matched_;
+  std::optional<SourceWeights> weights_;
 };
 
 }  // namespace graft::launcher

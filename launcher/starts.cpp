@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <span>
 
@@ -65,14 +64,18 @@ void observe(const StartInputs& inputs, const std::vector<peft::Peft::Start>& st
              const std::vector<peft::Peft::Start>& mine, const peft::Calibration& wanted) {
   int lowest = inputs.model.num_stages() - 1;
   for (const auto& start : starts) lowest = std::min(lowest, start.site->stage);
-  std::vector<peft::Observer::Seen> seen;
-  for (const auto& start : mine) {
-    seen.push_back({start.site, [start](const peft::Observation& observation) {
-                      start.method->observe(*start.site, observation);
-                    }});
-  }
   models::Trunk& trunk = inputs.load_base();
   std::vector<models::Lane> lanes = inputs.rows(wanted);
+  const int64_t rows_per_lane = lanes.empty() ? 1 : lanes.front().batch.tokens_BL.size(0);
+  std::vector<peft::Observer::Seen> seen;
+  for (const auto& start : mine) {  // each sees as many as it asked for, whatever others want
+    const int64_t rows = start.method->calibration().rows;
+    const int64_t lanes_left = (rows + rows_per_lane - 1) / rows_per_lane;
+    seen.push_back(
+        {start.site, [start, left = lanes_left](const peft::Observation& observation) mutable {
+           if (left-- > 0) start.method->observe(*start.site, observation);
+         }});
+  }
   peft::Observer observer(
       std::move(seen), inputs.model.num_stages(),
       wanted.gradients ? peft::Observer::Gradients::kYes : peft::Observer::Gradients::kNo);
@@ -117,9 +120,13 @@ std::vector<Tensor> broadcast(dist::Comm& host, std::vector<Tensor> values, int 
 /// it watched, and all get the same places.
 void choose(const StartInputs& inputs, const std::vector<peft::Peft::Start>& starts,
             const std::function<int(size_t)>& owner) {
-  std::map<peft::Method*, std::vector<size_t>> choosing;
+  // In the order of the run, which all ranks share: what follows is collective.
+  std::vector<std::pair<peft::Method*, std::vector<size_t>>> choosing;
   for (size_t i = 0; i < starts.size(); ++i) {
-    if (starts[i].method->share_chosen() > 0) choosing[starts[i].method].push_back(i);
+    peft::Method* method = starts[i].method;
+    if (method->share_chosen() <= 0) continue;
+    if (choosing.empty() || choosing.back().first != method) choosing.push_back({method, {}});
+    choosing.back().second.push_back(i);
   }
   for (const auto& [method, members] : choosing) {
     int64_t total = 0;

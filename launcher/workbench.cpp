@@ -3,12 +3,11 @@
 #include <ATen/ATen.h>
 
 #include <chrono>
-#include <cmath>
 #include <cstdlib>
-#include <filesystem>
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "launcher/adapter_folder.h"
 #include "launcher/facts.h"
 #include "launcher/progress.h"
 #include "launcher/starts.h"
@@ -41,12 +40,8 @@ std::unique_ptr<dist::Comm> make_shard_comm(const World& world, const std::strin
 class LoadedWeights : public peft::BaseWeights {
  public:
   LoadedWeights(models::Model& model, dist::BlockStore& store) : store_(store) {
-    struct Collect : models::Visitor {
-      std::map<std::string, models::Weight*>& weights;
-      explicit Collect(std::map<std::string, models::Weight*>& w) : weights(w) {}
-      void weight(const std::string& name, models::Weight& w) override { weights[name] = &w; }
-    } collect(weights_);
-    for (int b = 0; b < model.num_blocks(); ++b) model.visit_weights(b, collect);
+    models::for_each_weight(
+        model, [&](int, const std::string& name, models::Weight& w) { weights_[name] = &w; });
   }
   at::Tensor weight(const peft::LinearSite& site) override {
     // A head without a matrix of its own shares the embedding's.
@@ -172,17 +167,7 @@ void attach_frozen(peft::Peft& adapters, const ModelConfig& model, size_t i) {
 }
 
 void add_adapter(ModelConfig& model, const std::string& text) {
-  std::string directory = text;
-  double weight = 1;
-  const size_t equals = text.rfind('=');
-  if (equals != std::string::npos && !std::filesystem::exists(text)) {
-    const std::string number = text.substr(equals + 1);
-    char* end = nullptr;
-    weight = std::strtod(number.c_str(), &end);
-    GRAFT_CHECK(!number.empty() && *end == 0 && std::isfinite(weight), "--adapter ", text, ": '",
-                number, "' is no weight; expected DIR or DIR=WEIGHT");
-    directory.resize(equals);
-  }
+  const auto [directory, weight] = read_choice(text);
   for (const std::string& part : adapter_parts(directory)) {
     model.adapter_weights.resize(model.adapters.values.size(), 1);
     if (!model.adapter_names.empty()) model.adapter_names.push_back(part);

@@ -45,10 +45,6 @@ DeltaLinear::DeltaLinear(const DeltaFields& c, const LinearSite& site, kernels::
   if (c.use_scalar) scalar_ = register_parameter("scalar", at::zeros({1}, options_));
   if (!c.weight_decompose) return;
   below_ = site.slot->adapters();
-  for (const auto& adapter : below_) {
-    GRAFT_CHECK(adapter->mergeable(), "peft: weight_decompose needs the matrix of ", site.name,
-                ", and the adapter below cannot be merged into it");
-  }
   magnitude_ =
       register_parameter("dora_scale", c.wd_on_out ? at::ones({out_, 1}, options_)
                                                    : at::ones({1, site.info.in}, options_));

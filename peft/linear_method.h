@@ -39,6 +39,8 @@ class LinearMethod : public Method {
   void attach(AttachContext& context) override {
     sites_ = config_.targets.resolve(context.slots);
     check_patterns(describe(), sites_);
+    adapters_.clear();  // a method may be attached again: to show a model, then to train one
+    before_slots(context);
     for (const LinearSite* site : sites_) attach_to(context, *site);
     whole_.attach(context, sites_);
   }
@@ -74,6 +76,8 @@ class LinearMethod : public Method {
     if constexpr (requires { Config::peft_form(); }) return Config::peft_form();
     return {};
   }
+  /// What the slots share is drawn and listed here, anew at every attach().
+  virtual void before_slots(AttachContext& /*context*/) {}
   virtual void attach_to(AttachContext& context, const LinearSite& site) {
     GRAFT_CHECK(adapts(site.info.kind), "peft: ", site.name,
                 " is an embedding; this method adapts linear layers only");

@@ -47,7 +47,10 @@ class LycorisModule {
                 t.sizes(), ", expected one number");
     return t.defined() ? t.to(at::kDouble).item<double>() : otherwise;
   }
-  void put(const std::string& leaf, const Tensor& value) { left_[leaf] = value; }
+  /// @return whether there was none
+  bool put(const std::string& leaf, const Tensor& value) {
+    return left_.try_emplace(leaf, value).second;
+  }
   const std::map<std::string, Tensor>& left() const { return left_; }
 
   const LinearSite& site;

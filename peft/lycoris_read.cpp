@@ -329,7 +329,9 @@ std::vector<Peft::Saved> read_lycoris(const std::string& path, const SlotMap& sl
     }
     const Tensor value = file.read(entry.name);
     if (!at::isfinite(value).all().item<bool>()) problems.push_back("not finite: " + entry.name);
-    modules.try_emplace(name, *site->second).first->second.put(entry.name.substr(dot + 1), value);
+    const bool is_new = modules.try_emplace(name, *site->second)
+                            .first->second.put(entry.name.substr(dot + 1), value);
+    if (!is_new) problems.push_back("twice: " + entry.name);
   }
   std::map<std::string, Group> groups;
   const auto read_one = [&](const LinearSite& site) {
@@ -357,7 +359,11 @@ std::vector<Peft::Saved> read_lycoris(const std::string& path, const SlotMap& sl
       count < problems.size() ? detail::concat("\n  and ", problems.size() - count, " more") : "");
   std::vector<Peft::Saved> all;
   for (auto& [key, group] : groups) {
-    finish(group, slots);
+    try {
+      finish(group, slots);
+    } catch (const Error& error) {
+      throw Error(error.code(), path + ", " + group.first.method + ": " + error.what());
+    }
     all.push_back(std::move(group.saved));
   }
   return all;

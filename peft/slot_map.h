@@ -55,10 +55,19 @@ struct SlotMap {
   /// f(site) for every slot of every kind.
   template <class F>
   void each(F f) const {
-    const auto all = [&](const auto&... lists) {
-      (std::for_each(lists.begin(), lists.end(), f), ...);
-    };
-    all(linears, gains, sublayers, attentions, sequences, tensors, carries, losses);
+    each_of(f, linears, gains);
+    each_beside_matrices(f);
+  }
+  /// The kinds whose adapters do more than to change a matrix or the vector of a norm.
+  template <class F>
+  void each_beside_matrices(F f) const {
+    each_of(f, sublayers, attentions, sequences, tensors, carries, losses);
+  }
+
+ private:
+  template <class F, class... Lists>
+  static void each_of(F f, const Lists&... lists) {
+    (std::for_each(lists.begin(), lists.end(), f), ...);
   }
 };
 

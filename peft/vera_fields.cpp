@@ -14,9 +14,8 @@ void VeraFields::fields(configs::Fields& f, const std::string& prefix) {
   f("d_initial", d_initial, "first value of " + prefix + "_lambda_d");
 }
 
-void VeraFields::draw_once(AttachContext& context, const std::vector<const LinearSite*>& sites,
-                           int64_t rows, const std::string& prefix) {
-  if (a.defined()) return;
+void VeraFields::draw(AttachContext& context, const std::vector<const LinearSite*>& sites,
+                      int64_t rows, const std::string& prefix) {
   const Widths width = widest(sites);
   const auto generator = torch_generator(static_cast<uint64_t>(projection_prng_key));
   a = torch_kaiming_uniform({rows, width.in}, 0, generator).to(context.device);

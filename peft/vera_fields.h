@@ -21,8 +21,8 @@ struct VeraFields {
   /// @param prefix  of the names of fields and tensors: "vera"
   void fields(configs::Fields& f, const std::string& prefix);
   /// Draws A and B as PyTorch does and lists them, if they are saved.
-  void draw_once(AttachContext& context, const std::vector<const LinearSite*>& sites, int64_t rows,
-                 const std::string& prefix);
+  void draw(AttachContext& context, const std::vector<const LinearSite*>& sites, int64_t rows,
+            const std::string& prefix);
   Tensor a_of(const LinearSite& site) const { return a.slice(1, 0, site.info.in); }
   Tensor b_of(const LinearSite& site) const { return b.slice(0, 0, site.info.out); }
 };

@@ -10,6 +10,7 @@
 
 #include "configs/check.h"
 #include "configs/log.h"
+#include "launcher/adapter_folder.h"
 #include "launcher/checkpoint/manifest.h"
 #include "launcher/checkpoint/moments.h"
 #include "launcher/inputs.h"
@@ -195,9 +196,8 @@ void write_adapter(const std::string& directory, const Workbench& bench, const R
     const std::string part = peft::part_directory(directory, i, bench.adapters->num_saved());
     const auto saved = bench.adapters->save(i, base);
     if (bench.world.rank() == 0) fs::create_directories(part);
-    write_tensors(part + "/adapter_model.safetensors", saved, bench.world);
-    if (bench.world.rank() == 0)
-      write_text(part + "/adapter_config.json", saved.config.dump(2) + "\n");
+    write_tensors(part + kAdapterWeights, saved, bench.world);
+    if (bench.world.rank() == 0) write_text(part + kAdapterConfig, saved.config.dump(2) + "\n");
   }
 }
 

@@ -24,7 +24,8 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kStep = "step-", kPartial = ".tmp-", kOld = ".old-";
 
-fs::path neighbour(const fs::path& path, std::string_view prefix) {
+fs::path neighbour(fs::path path, std::string_view prefix) {
+  if (!path.has_filename()) path = path.parent_path();  // "out/"
   return path.parent_path() / (std::string(prefix) + path.filename().string());
 }
 
@@ -86,8 +87,10 @@ std::string checkpoint_path(const std::string& output_dir, int64_t step) {
 // --- FolderReplacement ---
 
 FolderReplacement::FolderReplacement(std::string path) : path_(std::move(path)) {
-  fs::remove_all(partial_path());
-  fs::create_directories(partial_path());
+  std::error_code error;
+  fs::remove_all(partial_path(), error);
+  if (!error) fs::create_directories(partial_path(), error);
+  GRAFT_CHECK(!error, ExitCode::kData, partial_path(), " cannot be made: ", error.message());
 }
 
 FolderReplacement::~FolderReplacement() {
@@ -104,7 +107,7 @@ void FolderReplacement::commit() {
   sync_directory(partial_path());
   if (fs::exists(path_)) fs::rename(path_, old);
   fs::rename(partial_path(), path_);
-  sync_directory(fs::path(path_).parent_path());
+  sync_directory(fs::absolute(partial_path()).parent_path());
   fs::remove_all(old);
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <vector>
 
@@ -74,7 +75,10 @@ void load_moments(const std::string& directory, int world, const peft::ParamSet&
                   entry.name);
       const auto& [row, first] = found->second;
       const Tensor piece = file.read(entry.name);
-      const int64_t begin = std::stoll(entry.name.substr(end));
+      int64_t begin = -1;
+      std::from_chars(entry.name.data() + end, entry.name.data() + entry.name.size(), begin);
+      GRAFT_CHECK(begin >= 0, ExitCode::kData, file.path(), ": ", entry.name,
+                  " does not end with the number of its first element");
       const int64_t from = std::max(begin, first);
       const int64_t to = std::min(begin + piece.numel(), first + row.numel());
       if (from < to)

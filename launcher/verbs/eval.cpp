@@ -90,9 +90,6 @@ int eval(const EvalArguments& arguments, const dist::Topology& topology,
   log::info("evaluating " + what);
   if (!arguments.logits.empty()) write_logits(bench, run, arguments.logits);
   const EvalResult result = evaluate(bench, run);
-  const auto accuracy = [&] {
-    return static_cast<double>(result.hits) / static_cast<double>(result.targets);
-  };
   GRAFT_CHECK(std::isfinite(result.loss), ExitCode::kNumerics, "the held-out loss of ", what,
               " is ", result.loss,
               ": these weights compute numbers that are not finite; try model.dtype=float32, and "
@@ -103,7 +100,7 @@ int eval(const EvalArguments& arguments, const dist::Topology& topology,
                                    {"target_tokens", result.targets},
                                    {"documents", result.documents},
                                    {"base_fingerprint", bench.fingerprint}};
-  if (run.eval.wants("accuracy")) record["metrics"]["accuracy"] = accuracy();
+  if (run.eval.wants("accuracy")) record["metrics"]["accuracy"] = result.accuracy();
   write_record(
       arguments.output.empty() ? run.checkpoint.output_dir + "/eval.json" : arguments.output,
       record);
@@ -112,7 +109,7 @@ int eval(const EvalArguments& arguments, const dist::Topology& topology,
   } else {
     const std::string more =
         run.eval.wants("accuracy")
-            ? detail::concat(std::fixed, std::setprecision(4), "   accuracy ", accuracy())
+            ? detail::concat(std::fixed, std::setprecision(4), "   accuracy ", result.accuracy())
             : "";
     std::printf("loss %.4f%s   (%lld target tokens in %lld documents, %s)\n", result.loss,
                 more.c_str(), static_cast<long long>(result.targets),

@@ -23,8 +23,8 @@ void add_export(CLI::App& app, Command& command) {
   auto* verb = app.add_subcommand("export", "Write an adapter for other programs");
   auto options = std::make_shared<ExportOptions>();
   verb->add_option("--adapter", options->adapters,
-                   "adapter folder; several, innermost first, with --as lora; or a LyCORIS file "
-                   "(with --to peft)")
+                   "adapter folder; with --as lora several, innermost first, or DIR=WEIGHT; or a "
+                   "LyCORIS file (with --to peft)")
       ->required();
   verb->add_option("--output", options->output, "folder (peft) or file to write; must not exist")
       ->required();

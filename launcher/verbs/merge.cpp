@@ -41,7 +41,8 @@ void add_merge(CLI::App& app, Command& command) {
   auto options = std::make_shared<MergeOptions>();
   verb->add_option("--model", options->model, "the base: Hugging Face folder or GGUF file")
       ->required();
-  verb->add_option("--adapter", options->adapters, "adapter folder; several are merged in order")
+  verb->add_option("--adapter", options->adapters,
+                   "adapter folder, or DIR=WEIGHT; several are merged in order")
       ->required();
   verb->add_option("--output", options->output, "folder to make; must not exist or be empty")
       ->required();

@@ -45,13 +45,13 @@ class TrainLoop {
     while (trainer_.state().step < trainer_.max_steps()) {
       const StepResult result = trainer_.train_step(stop_requested());
       const int64_t step = trainer_.state().step;
-      std::optional<double> eval_loss;
+      std::optional<EvalResult> evaluation;
       if (run_.eval.eval_steps > 0 && step % run_.eval.eval_steps == 0)
-        eval_loss = evaluate(bench_, run_).loss;
-      metrics_.step(result, trainer_, eval_loss, run_.log.logging_steps);
+        evaluation = evaluate(bench_, run_);
+      metrics_.step(result, trainer_, run_, evaluation);
       const bool last = step == trainer_.max_steps();
       const bool due = run_.checkpoint.save_steps > 0 && step % run_.checkpoint.save_steps == 0;
-      const bool best = eval_loss && takes_lead(*eval_loss);
+      const bool best = evaluation && takes_lead(evaluation->loss);
       if (last || due || best || result.stop_requested)
         save_checkpoint(output_, bench_, trainer_, run_);
       if (result.stop_requested && !last) return false;

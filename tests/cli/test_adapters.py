@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from graft_cli import LENGTHS, graft, succeed, write_config, write_rows
+from graft_cli import LENGTHS, MODEL, graft, succeed, write_config, write_rows
 
 USAGE = 2
 
@@ -32,6 +32,18 @@ def test_adapters_are_added_up_with_their_weights(trained):
     assert loss(path, "--adapter", f"{a}=1", "--adapter", f"{b}=0") == pytest.approx(one, rel=1e-6)
     assert loss(path, "--adapter", f"{a}=0.5", "--adapter", f"{a}=0.5") == pytest.approx(one, rel=1e-6)
     assert loss(path, "--adapter", f"{a}=1", "--adapter", f"{a}=-1") == pytest.approx(base, rel=1e-6)
+
+
+def test_merged_and_converted_with_their_weights_they_compute_the_same(trained, tmp_path):
+    path, a, b = trained
+    chosen, plain = [f"{a}=0.5", f"{b}=2"], "model.quantization=none"
+    expected = loss(path, plain, "--adapter", chosen[0], "--adapter", chosen[1])
+    succeed("merge", "--model", MODEL, "--adapter", *chosen, "--output", tmp_path / "merged")
+    merged = [f"model.name_or_path={tmp_path / 'merged'}", "peft=[]", "data.train=[]"]
+    assert loss(path, plain, *merged) == pytest.approx(expected, rel=1e-5)
+    succeed("export", "--model", MODEL, "--adapter", *chosen, "--as", "lora", "--to", "peft", "--output", tmp_path / "lora")
+    assert loss(path, plain, "--adapter", tmp_path / "lora") == pytest.approx(expected, rel=1e-5)
+    assert loss(path, plain, "--base") != pytest.approx(expected, rel=1e-3)
 
 
 def test_the_config_names_weights_and_switches(trained):

@@ -160,6 +160,15 @@ def test_packed_or_padded_the_loss_is_that_of_the_documents(tmp_path):
     assert said[0]["loss"] == pytest.approx(said[1]["loss"], rel=1e-6) and said[0]["accuracy"] == said[1]["accuracy"]
 
 
+def test_the_metrics_of_training_have_the_accuracy_that_eval_says(tmp_path):
+    path = config_of(tmp_path / "job", SEQUENCE, "eval.eval_steps=2")
+    succeed("train", path)
+    said = json.loads(succeed("eval", path, "--json").stdout)["metrics"]
+    lines = [json.loads(line) for line in open(path.parent / "run/metrics.jsonl", encoding="utf-8")]
+    assert (lines[-1]["eval_accuracy"], lines[-1]["eval_loss"]) == (said["accuracy"], pytest.approx(said["loss"]))
+    assert "eval_accuracy" not in lines[0]
+
+
 def test_a_new_head_is_a_function_of_the_seed_and_no_part_of_the_bases_fingerprint(tmp_path):
     said = [json.loads(succeed("eval", config_of(tmp_path / str(i), SEQUENCE, f"train.seed={seed}"), "--json").stdout)
             for i, seed in enumerate((1, 2, 1))]

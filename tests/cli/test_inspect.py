@@ -65,6 +65,13 @@ def test_with_its_base_inspect_says_whether_an_adapter_of_any_type_does_anything
         assert (found["health"][-1] == "loads without effect: the logits are the base's") == (change == 0)
 
 
+def test_the_bias_of_a_lora_has_no_partner(tmp_path):
+    path = write_config(tmp_path / "run.yaml", ORACLE / "qwen2/rows.h5", f'model.name_or_path="{ORACLE / "qwen2/model"}"',
+                        'peft=[{"method": "lora", "lora_bias": true}]', "train.max_steps=1")
+    run("train", path)
+    assert facts("inspect", tmp_path / "run/adapter")["health"] == "good"
+
+
 def test_with_a_base_inspect_finds_what_does_not_fit(model, adapter, tmp_path):
     assert facts("inspect", adapter, "--model", model)["on_model"]["largest_change_of_a_logit"] > 0
     weights = adapter / "adapter_model.safetensors"

@@ -19,7 +19,7 @@ import check_peft  # noqa: E402
 from lycoris import modules as lycoris  # noqa: E402
 from lycoris.modules.boft import ButterflyOFTModule  # noqa: E402
 from lycoris.modules.ia3 import IA3Module  # noqa: E402
-from make_fixtures import fill  # noqa: E402
+from make_fixtures import copies_of, fill  # noqa: E402
 
 BASE = ORACLE / "qwen2"  # has biases on q, k, v
 Q, V, UP, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
@@ -63,19 +63,18 @@ FOLDERS = {"diag_oft": 1, "boft_rescaled": 2, "lokr_full": 1, "lokr_unbalanced":
 
 @pytest.fixture(scope="module")
 def base():
+    """base() -> the model, a new one each time."""
     torch.set_num_threads(1)
-    model = check_peft.load_base(BASE / "model")
-    return model, {key: value.clone() for key, value in model.state_dict().items()}
+    copy = copies_of(BASE / "model")
 
+    def fresh():
+        model = copy()
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):  # LyCORIS asks a norm that is not PyTorch's for its part without gain
+                module._norm = types.MethodType(without_gain, module)
+        return model
 
-def fresh(base):
-    model, weights = base
-    copy = type(model)(model.config)
-    copy.load_state_dict(weights)
-    for module in copy.modules():
-        if type(module).__name__.endswith("RMSNorm"):  # LyCORIS asks a norm that is not PyTorch's for its part without gain
-            module._norm = types.MethodType(without_gain, module)
-    return copy.eval()
+    return fresh
 
 
 def without_gain(norm, x):
@@ -105,7 +104,7 @@ def written(base, tmp_path_factory):
 
     def call(name):
         if name not in done:
-            model = fresh(base)
+            model = base()
             modules = make_modules(model, *CASES[name])
             with torch.no_grad():
                 for prefix, module in modules.items():
@@ -137,7 +136,7 @@ def logits_of_graft(folders, directory):
 
 
 def expect_logits(ours, theirs, base):
-    untouched = check_peft.logits_of(fresh(base), check_peft.read_rows(BASE / "rows.h5"))
+    untouched = check_peft.logits_of(base(), check_peft.read_rows(BASE / "rows.h5"))
     size = max(logits.abs().max().item() for logits in theirs)
     assert check_peft.largest_difference(ours, theirs) < TOLERANCE * size
     assert check_peft.largest_difference(untouched, theirs) > 100 * TOLERANCE * size, "the adapter changes nothing"
@@ -160,7 +159,7 @@ def test_lycoris_loads_what_is_written_back(name, written, base, tmp_path):
     import_file(path, tmp_path / "adapter")
     back = tmp_path / "back.safetensors"
     succeed("export", "--adapter", tmp_path / "adapter", "--to", "lycoris", "--model", BASE / "model", "--output", back)
-    model, tensors = fresh(base), load_file(back)
+    model, tensors = base(), load_file(back)
     for name in sorted({key.split(".")[0] for key in tensors}):
         layer = model.get_submodule(module_path(name))
         kind, weights = lycoris.get_module(tensors, name)
@@ -201,7 +200,7 @@ def load(kind, name, layer, weights, tensors):
 def test_pefts_adapters_are_written_for_lycoris(name, base, tmp_path):
     adapter, back = ORACLE / "peft_methods" / name, tmp_path / "lycoris.safetensors"
     succeed("export", "--adapter", adapter, "--to", "lycoris", "--model", BASE / "model", "--output", back)
-    model, tensors = fresh(base), load_file(back)
+    model, tensors = base(), load_file(back)
     for key in sorted({key.split(".")[0] for key in tensors}):
         layer = model.get_submodule(module_path(key))
         kind, weights = lycoris.get_module(tensors, key)
@@ -223,7 +222,7 @@ def test_dyloras_ranks_in_use_are_written_as_a_locon(fields, base, tmp_path):
     succeed("train", config)
     adapter, back = tmp_path / "run/adapter", tmp_path / "back.safetensors"
     succeed("export", "--adapter", adapter, "--to", "lycoris", "--model", BASE / "model", "--output", back)
-    model, tensors = fresh(base), load_file(back)
+    model, tensors = base(), load_file(back)
     for key in sorted({key.split(".")[0] for key in tensors}):
         kind, weights = lycoris.get_module(tensors, key)
         assert kind is LOCON and weights[1].shape[0] == fields.get("inference_r", 6)

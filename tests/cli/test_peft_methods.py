@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 import check_peft  # noqa: E402
 import peft_methods  # noqa: E402
+from make_fixtures import copies_of  # noqa: E402
 
 BASE = ORACLE / "qwen2"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
@@ -79,16 +80,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base():
+    """base() -> the model, a new one each time."""
     torch.set_num_threads(1)
-    model = check_peft.load_base(BASE / "model")
-    return model, {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def fresh(base):
-    model, weights = base
-    copy = type(model)(model.config)
-    copy.load_state_dict(weights)
-    return copy.eval()
+    return copies_of(BASE / "model")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,9 +96,9 @@ def test_peft_loads_what_graft_trained(name, runs, base):
         warnings.simplefilter("error")
         for remark in REMARKS:
             warnings.filterwarnings("ignore", message=remark)
-        model = peft.PeftModel.from_pretrained(fresh(base), directory / "run/adapter").eval()
+        model = peft.PeftModel.from_pretrained(base(), directory / "run/adapter").eval()
     rows = check_peft.read_rows(BASE / "rows.h5")
-    theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(fresh(base), rows)
+    theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(base(), rows)
     saved = load_file(directory / "logits.safetensors")
     ours = [saved[f"row.{i}"] for i in range(len(rows))]
     size = max(logits.abs().max().item() for logits in theirs)

@@ -2,6 +2,7 @@
 #include "kernels/lowrank/lowrank.h"
 
 #include "configs/check.h"
+#include "kernels/gemm/gemm.h"
 #include "tests/kernels/near.h"
 
 namespace graft::kernels {
@@ -91,6 +92,14 @@ TEST(LowrankAdd, RefusesShapesAndDtypesThatDoNotFit) {
   EXPECT_THROW(lowrank_add(at::zeros({4, 24}), x, a, b, 1), Error);
   EXPECT_THROW(lowrank_add(at::zeros({5, 24}), x, a, at::zeros({24, 7}), 1), Error);
   EXPECT_THROW(lowrank_add(at::zeros({5, 24}, at::kBFloat16), x, a, b, 1), Error);
+}
+
+TEST(Gemm, APartOfAMatrixGivesTheBitsOfItsCopy) {
+  const at::Tensor x = at::arange(24 * 32).remainder(17).view({24, 32}).to(at::kFloat) / 7 - 1;
+  const at::Tensor wide = at::arange(40 * 80).remainder(29).view({40, 80}).to(at::kFloat) / 13 - 1;
+  for (const at::Tensor& part : {wide.slice(1, 3, 35), wide.slice(1, 0, 40).t().slice(1, 4, 36)}) {
+    EXPECT_TRUE(at::equal(gemm_linear(x, part), gemm_linear(x, part.contiguous())));
+  }
 }
 
 }  // namespace

@@ -61,6 +61,42 @@ TEST(FishMask, ChoosesExactlyTheShareOfAllValuesTogether) {
   EXPECT_GT(counts.size(), 1U) << "the share is of each matrix";
 }
 
+// The forward pass of calibration has seen the places of before the choice, as many of them.
+TEST(FishMask, TrainsThePlacesThatItSaves) {
+  Tiny tiny(tiny_llama());
+  tiny.attach("fish_mask", fish("{keep: 0.05, target_modules: [block.0.attn.q]}"));
+  tiny.load(dense());
+  const LinearSite& site = *tiny.adapters.slots().find_linear("block.0.attn.q");
+  const at::NoGradGuard no_grad;
+  Tensor values = tiny.params()[0].value;
+  values.fill_(1);
+  const Tensor zero = at::zeros({site.info.out, site.info.in});
+  const Tensor update = site.slot->adapters()[0]->merged(zero);
+  EXPECT_EQ(update.count_nonzero().item<int64_t>(), values.numel());
+  const Tensor p = tiny.adapters.params().constants()[0].value.to(at::kLong);
+  EXPECT_TRUE(update.index({p[0], p[1]}).eq(1).all().item<bool>());
+}
+
+TEST(FishMask, SeesAsManyRowsAsItAskedFor) {
+  const auto run = [](bool beside_another) {
+    Tiny tiny(tiny_llama());
+    tiny.attach("fish_mask", fish("{keep: 0.02, num_samples: 2, target_modules: [attn.q]}"));
+    if (beside_another)
+      tiny.attach("fish_mask", fish("{keep: 0.02, num_samples: 4, target_modules: [attn.v]}"));
+    tiny.first_rows = {make_lane(0)};
+    if (beside_another) tiny.first_rows.push_back(make_lane(1));
+    tiny.load(dense());
+    std::map<std::string, Tensor> found;
+    for (const auto& [key, value] : places(tiny)) {
+      if (key.find("q_proj") != std::string::npos) found[key] = value;
+    }
+    return found;
+  };
+  const auto alone = run(false), beside = run(true);
+  ASSERT_EQ(alone.size(), 2U);
+  for (const auto& [key, value] : alone) EXPECT_TRUE(at::equal(beside.at(key), value)) << key;
+}
+
 TEST(FishMask, SamePlacesOnOneTwoAndFourRanks) {
   const auto run = [](dist::Comm* comm) {
     Tiny tiny(tiny_llama());

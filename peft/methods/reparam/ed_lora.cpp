@@ -15,6 +15,8 @@
 // with lora_alpha = alpha r computes what A and B do.
 #include <ATen/ATen.h>
 
+#include <set>
+
 #include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
@@ -107,6 +109,9 @@ class EdLora : public LinearMethod<EdLoraConfig, EdLoraLinear> {
         GRAFT_CHECK(id < context.info.vocab_size, "ed_lora: token ", id,
                     ", the vocabulary of this model has ", context.info.vocab_size);
     }
+    const std::set<int> different(config_.token_ids.begin(), config_.token_ids.end());
+    GRAFT_CHECK(different.size() == config_.token_ids.size(),
+                "ed_lora: token_ids names a token twice; each has one row");
     if (config_.token_ids.empty()) return;
     for (const auto& site : context.slots.sequences) {
       if (!site.name.starts_with("block.")) continue;

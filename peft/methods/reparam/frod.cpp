@@ -122,13 +122,11 @@ class Frod : public LinearMethod<FrodConfig, FrodLinear> {
 
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
-    if (frames_.empty()) list_frames(context);
     config_.frame = frames_.at(module_kind(site));
     LinearMethod::attach_to(context, site);
   }
-
- private:
-  void list_frames(AttachContext& context) {
+  void before_slots(AttachContext& context) override {
+    frames_.clear();
     for (size_t i = 0; i < sites_.size(); ++i) {
       auto& frame = frames_[module_kind(*sites_[i])];
       if (frame == nullptr) frame = std::make_shared<JointFrame>();
@@ -150,6 +148,8 @@ class Frod : public LinearMethod<FrodConfig, FrodLinear> {
       add_projection(context, "frod_s_size." + kind, at::tensor({in, in}, at::kLong));
     }
   }
+
+ private:
   std::map<std::string, std::shared_ptr<JointFrame>> frames_;
 };
 

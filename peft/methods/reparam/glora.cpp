@@ -123,7 +123,7 @@ class GloraLinear : public models::LinearAdapter {
   Tensor merged(const Tensor& w) const override {
     if (a_.empty()) return w;
     if (matrix_product_) {
-      const Tensor wide = w.to(at::kFloat);
+      const Tensor wide = w.to(a_.left.scalar_type());
       return (wide + wide.mm(a_.left).mm(a_.right) + b_.value()).to(w.scalar_type());
     }
     return w + w * a_.value().to(w.scalar_type()) + b_.value().to(w.scalar_type());

@@ -84,10 +84,11 @@ class Lily : public LinearMethod<LilyConfig, LilyLinear> {
   }
 
  protected:
+  void before_slots(AttachContext&) override {
+    kinds_.clear();
+    for (const LinearSite* s : sites_) kinds_[kind_of(*s)].slots.push_back(s);
+  }
   void attach_to(AttachContext& context, const LinearSite& site) override {
-    if (kinds_.empty()) {
-      for (const LinearSite* s : sites_) kinds_[kind_of(*s)].slots.push_back(s);
-    }
     Kind& kind = kinds_.at(kind_of(site));
     const size_t number = kind.number++, stride = static_cast<size_t>(config_.stride_A);
     const auto draw = [&](int64_t rows, int64_t columns, int stream) {

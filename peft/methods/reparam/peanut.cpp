@@ -61,10 +61,9 @@ class PeanutLinear : public models::LinearAdapter {
   }
   static std::vector<Leaf> leaves() { return {{"a", "peanut_A.weight"}, {"b", "peanut_B.weight"}}; }
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
-    const Tensor y = base(x);  // autograd keeps the matrix, which is a view of the gathered block
-    const Tensor w = base.weight().to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
-    return kernels::lowrank_add(y, x, hidden(w).t(), b_, scaling_);
+    return kernels::lowrank_add(base(x), x, hidden(base.weight().to(at::kFloat)).t(), b_, scaling_);
   }
+  bool needs_weight() const override { return true; }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
     return w + (scaling_ * b_.mm(hidden(w.to(a_.scalar_type())).t())).to(w.scalar_type());

@@ -71,9 +71,8 @@ class PveraLinear : public models::LinearAdapter {
 
 class Pvera : public LinearMethod<PveraConfig, PveraLinear> {
  protected:
-  void attach_to(AttachContext& context, const LinearSite& site) override {
-    config_.draw_once(context, sites_, 2 * config_.r, "pvera");
-    LinearMethod::attach_to(context, site);
+  void before_slots(AttachContext& context) override {
+    config_.draw(context, sites_, 2 * config_.r, "pvera");
   }
 };
 

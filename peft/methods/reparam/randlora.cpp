@@ -129,11 +129,11 @@ class RandloraLinear : public models::LinearAdapter {
 
 class Randlora : public LinearMethod<RandloraConfig, RandloraLinear> {
  protected:
+  void before_slots(AttachContext& context) override {
+    config_.draw(widest(sites_));
+    config_.a = config_.a.to(context.device), config_.b = config_.b.to(context.device);
+  }
   void attach_to(AttachContext& context, const LinearSite& site) override {
-    if (!config_.a.defined()) {
-      config_.draw(widest(sites_));
-      config_.a = config_.a.to(context.device), config_.b = config_.b.to(context.device);
-    }
     LinearMethod::attach_to(context, site);
     if (!config_.save_projection) return;
     for (const auto& [name, value] :

@@ -9,7 +9,6 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
-#include <map>
 
 #include "kernels/lowrank/lowrank.h"
 #include "peft/draws.h"
@@ -81,7 +80,9 @@ class TinyloraLinear : public models::LinearAdapter {
   }
 
  private:
-  Tensor mixed() const { return v_.matmul(p_.flatten(1)).view({p_.size(1), p_.size(2)}); }  ///< R
+  Tensor mixed() const {
+    return v_.matmul(p_.to(v_.scalar_type()).flatten(1)).view({p_.size(1), p_.size(2)});
+  }  ///< R
 
   double dropout_;
   kernels::Key random_;
@@ -90,33 +91,37 @@ class TinyloraLinear : public models::LinearAdapter {
 
 class Tinylora : public LinearMethod<TinyloraConfig, TinyloraLinear> {
  protected:
-  void attach_to(AttachContext& context, const LinearSite& site) override {
+  void before_slots(AttachContext& context) override {
     const auto count = static_cast<int64_t>(sites_.size());
     const double apart = static_cast<double>(count) * (1 - config_.weight_tying);
     const int64_t groups = std::max<int64_t>(1, std::llrint(apart));  // as Python rounds
-    const int64_t size = std::max<int64_t>(1, count / groups);
-    const auto group_of = [&](int64_t number) { return std::min(number / size, groups - 1); };
-    config_.number = static_cast<int64_t>(adapters_.size());
-    const int64_t group = group_of(config_.number);
-    const bool is_first = !values_.contains(group);
-    const std::string name = "tinylora_v." + std::to_string(group);
-    if (is_first) {
+    group_size_ = std::max<int64_t>(1, count / groups);
+    values_.clear();
+    for (int64_t group = 0; group < groups; ++group) {
+      const auto first = sites_.begin() + group * group_size_;
+      const bool is_last = group + 1 == groups;
+      const std::vector<const LinearSite*> users(first,
+                                                 is_last ? sites_.end() : first + group_size_);
       const double bound = config_.starts_as_base() ? 0 : config_.init_v_bound;
       const auto key = kernels::derive(context.random, group);
-      values_[group] = draw_uniform({config_.u}, bound, key, context.device);
-      std::vector<const LinearSite*> users;
-      for (int64_t i = 0; i < count; ++i) {
-        if (group_of(i) == group) users.push_back(sites_[static_cast<size_t>(i)]);
-      }
-      add_shared(context, name, "base_model." + name, values_[group], users);
+      const std::string name = "tinylora_v." + std::to_string(group);
+      values_.push_back(draw_uniform({config_.u}, bound, key, context.device));
+      add_shared(context, name, "base_model." + name, values_.back(), users);
     }
+  }
+  void attach_to(AttachContext& context, const LinearSite& site) override {
+    config_.number = static_cast<int64_t>(adapters_.size());
+    const size_t group =
+        std::min(adapters_.size() / static_cast<size_t>(group_size_), values_.size() - 1);
     config_.v = values_[group];
+    const bool is_first = adapters_.size() == group * static_cast<size_t>(group_size_);
     LinearMethod::attach_to(context, site);
     if (is_first) adapters_.back()->register_parameter("tinylora_v", config_.v);
   }
 
  private:
-  std::map<int64_t, Tensor> values_;  ///< v, by group
+  int64_t group_size_ = 1;
+  std::vector<Tensor> values_;  ///< v, by group
 };
 
 }  // namespace

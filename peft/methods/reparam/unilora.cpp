@@ -53,6 +53,7 @@ struct UniloraConfig {
     all.insert(all.end(), extra.begin(), extra.end());
     generator.shuffle(all);
     places = at::tensor(all, at::kLong);
+    used = 0;
     scales = places.bincount({}, theta_d_length).to(at::kFloat).rsqrt().index_select(0, places);
   }
   /// Of the next elements, the next slot's.
@@ -122,23 +123,24 @@ class Unilora : public LinearMethod<UniloraConfig, UniloraLinear> {
   }
 
  protected:
-  void attach_to(AttachContext& context, const LinearSite& site) override {
-    const bool is_first = !config_.theta.defined();
-    const std::string name = "unilora_theta_d";
-    if (is_first) {
-      int64_t elements = 0;
-      for (const LinearSite* s : sites_) elements += config_.r * (s->info.in + s->info.out);
-      config_.draw_places(elements);
-      const auto key = kernels::derive(context.random, 0);
-      config_.theta = config_.init_weights
-                          ? draw_uniform({config_.theta_d_length}, config_.init_theta_d_bound, key,
-                                         context.device)
-                          : draw_normal({config_.theta_d_length}, 1, key, context.device);
-      add_shared(context, name, "base_model." + name, config_.theta, sites_);
-    }
-    LinearMethod::attach_to(context, site);
-    if (is_first) adapters_.back()->register_parameter(name, config_.theta);
+  void before_slots(AttachContext& context) override {
+    int64_t elements = 0;
+    for (const LinearSite* s : sites_) elements += config_.r * (s->info.in + s->info.out);
+    config_.draw_places(elements);
+    const auto key = kernels::derive(context.random, 0);
+    config_.theta = config_.init_weights
+                        ? draw_uniform({config_.theta_d_length}, config_.init_theta_d_bound, key,
+                                       context.device)
+                        : draw_normal({config_.theta_d_length}, 1, key, context.device);
+    add_shared(context, kTheta, "base_model." + kTheta, config_.theta, sites_);
   }
+  void attach_to(AttachContext& context, const LinearSite& site) override {
+    LinearMethod::attach_to(context, site);
+    if (&site == sites_.front()) adapters_.back()->register_parameter(kTheta, config_.theta);
+  }
+
+ private:
+  inline static const std::string kTheta = "unilora_theta_d";
 };
 
 }  // namespace

@@ -141,20 +141,21 @@ class Vblora : public LinearMethod<VbloraConfig, VbloraLinear> {
   }
 
  protected:
-  void attach_to(AttachContext& context, const LinearSite& site) override {
+  void before_slots(AttachContext& context) override {
     GRAFT_CHECK(config_.topk <= config_.num_vectors, "peft: vblora: topk = ", config_.topk,
                 " vectors of num_vectors = ", config_.num_vectors);
-    const bool is_first = !config_.bank.defined();
-    const std::string name = "vblora_vector_bank";
-    if (is_first) {
-      const auto key = kernels::derive(context.random, 0);
-      config_.bank = draw_uniform({config_.num_vectors, config_.vector_length},
-                                  config_.init_vector_bank_bound, key, context.device);
-      add_shared(context, name, "base_model." + name, config_.bank, sites_);
-    }
-    LinearMethod::attach_to(context, site);
-    if (is_first) adapters_.back()->register_parameter(name, config_.bank);
+    const auto key = kernels::derive(context.random, 0);
+    config_.bank = draw_uniform({config_.num_vectors, config_.vector_length},
+                                config_.init_vector_bank_bound, key, context.device);
+    add_shared(context, kBank, "base_model." + kBank, config_.bank, sites_);
   }
+  void attach_to(AttachContext& context, const LinearSite& site) override {
+    LinearMethod::attach_to(context, site);
+    if (&site == sites_.front()) adapters_.back()->register_parameter(kBank, config_.bank);
+  }
+
+ private:
+  inline static const std::string kBank = "vblora_vector_bank";
 };
 
 }  // namespace

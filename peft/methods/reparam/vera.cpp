@@ -50,9 +50,8 @@ class VeraLinear : public models::LinearAdapter {
 
 class Vera : public LinearMethod<VeraConfig, VeraLinear> {
  protected:
-  void attach_to(AttachContext& context, const LinearSite& site) override {
-    config_.draw_once(context, sites_, config_.r, "vera");
-    LinearMethod::attach_to(context, site);
+  void before_slots(AttachContext& context) override {
+    config_.draw(context, sites_, config_.r, "vera");
   }
 };
 

@@ -131,11 +131,10 @@ class WaveftLinear : public models::LinearAdapter {
 };
 
 class Waveft : public LinearMethod<WaveftConfig, WaveftLinear> {
-  void attach_to(AttachContext& context, const LinearSite& site) override {
+  void before_slots(AttachContext&) override {
     config_.all_places = 0;
     config_.num_slots = static_cast<int64_t>(sites_.size());
     for (const LinearSite* s : sites_) config_.all_places += s->info.in * s->info.out;
-    LinearMethod::attach_to(context, site);
   }
 };
 

@@ -56,7 +56,9 @@ class FishMaskLinear : public SparseLinear {
   }
   /// @param numbers  row-major, ascending
   void choose(const Tensor& numbers) {
-    places_.set_data(places_of(numbers, in_, places_.device()));
+    const Tensor places = places_of(numbers, in_, places_.device());
+    places_.set_data(at::empty_like(places));
+    places_.copy_(places);  // a write, by which delta_ knows that they are others
     values_.set_data(at::zeros({numbers.numel()}, values_.options().requires_grad(false)));
   }
   int64_t count() const { return values_.numel(); }
