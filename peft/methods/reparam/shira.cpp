@@ -32,6 +32,7 @@ struct ShiraConfig {
 
 class ShiraLinear : public models::LinearAdapter {
  public:
+  static constexpr bool kIsSparse = true;
   ShiraLinear(const ShiraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
       : delta_(site.name, "shira_indices", site.info.out, site.info.in),
         in_(site.info.in),

@@ -56,7 +56,7 @@ class VbloraLinear : public models::LinearAdapter {
     const int64_t length = c.vector_length, in = site.info.in, out = site.info.out;
     GRAFT_CHECK(in % length == 0 && out % length == 0, "peft: vblora: ", site.name, " has ", in,
                 " inputs and ", out, " outputs; vector_length = ", length,
-                " does not divide both, their common divisor ", std::gcd(in, out), " would");
+                " does not divide both; take one of ", divisors_of(std::gcd(in, out)));
     const double deviation = c.init_logits_std;
     a_ = register_parameter("logits_a", draw_normal({c.r, in / length, c.num_vectors}, deviation,
                                                     kernels::derive(random, 0), device));
