@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -47,7 +48,9 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
 
 /// The linears and gains that have adapters. @throws graft::Error (kUsage) if an adapter acts
 /// elsewhere, or is not a change of its matrix alone
-std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots,
-                                                      const std::string& verb);
+/// @param others  adapters to pass over
+std::vector<const peft::LinearSite*> changed_matrices(
+    const peft::SlotMap& slots, const std::string& verb,
+    const std::set<const models::LinearAdapter*>& others = {});
 
 }  // namespace graft::launcher
