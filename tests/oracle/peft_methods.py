@@ -8,7 +8,9 @@ DIR/<name>/oracle.safetensors   logits        float32 [2, 24, V]
                                 loss          float32 [1]           mean over the targets
                                 grad.<key>    float32               of the loss, <key> as in the adapter's file
                                 start.<key>                         how PEFT begins: the tensors that no global seed changes
-The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v); rows and labels are its rows_and_labels().
+                                trained.<key> float32               after three steps of torch's AdamW from these values, at
+                                                                    RATE and without decay, of the cases that ask for it
+The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v), or the folder beside it that a case names; rows and labels are its rows_and_labels().
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
 Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
@@ -21,6 +23,7 @@ LORA use_qalora         only on bases of GPTQ; velora and monteclora change trai
 """
 
 import argparse
+import functools
 import pathlib
 import shutil
 import sys
@@ -39,15 +42,16 @@ from safetensors.torch import load_file, save_file
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # out = in, out < in, a feed-forward one
 PATTERN = {"v_proj": 3}
+RATE = 1e-2
 
 
 class Case:
     """fields: of the type's config. scale: of what is added to the start; a number, or by a part of the key."""
 
-    def __init__(self, config, scale=0.1, **fields):
+    def __init__(self, config, scale=0.1, base="qwen2", steps=0, **fields):
         if "target_modules" not in fields:
             fields["target_modules"] = TARGETS
-        self.config, self.scale, self.fields = config, scale, fields
+        self.config, self.scale, self.base, self.steps, self.fields = config, scale, base, steps, fields
 
     def scale_of(self, key):
         if not isinstance(self.scale, dict):
@@ -161,8 +165,10 @@ CASES = {
     "supertuning_lowest": Case(peft.SupertuningConfig, sparsity=0.95, select_top=False, save_precomputed_indices=False),
     "supertuning_lora": Case(peft.SupertuningConfig, sparsity=0.95, r=4, lora_alpha=8),
     "beft": Case(peft.BeftConfig, target_modules=["v_proj", "q_proj"]),
-    "ln_tuning": Case(peft.LNTuningConfig, target_modules=NORMS),
+    "ln_tuning": Case(peft.LNTuningConfig, target_modules=NORMS, steps=3),
     "trainable_tokens": Case(peft.TrainableTokensConfig, token_indices=[11, 48], target_modules=["embed_tokens"]),
+    "trainable_tokens_tied": Case(peft.TrainableTokensConfig, token_indices=[11, 48], target_modules=["embed_tokens"],
+                                  base="llama_tied", steps=3),
 }
 
 
@@ -223,6 +229,16 @@ def start_of(base, case, seed):
     return {key: tensor.clone() for key, tensor in peft.get_peft_model_state_dict(wrap(base, case)).items()}
 
 
+def trained(model, steps, input_ids, labels):
+    """The parameters after so many steps; "trained.<key>". Without a step: nothing."""
+    optimizer = torch.optim.AdamW([p for _, p in trainable(model)], lr=RATE, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model(input_ids=input_ids).logits, labels).backward()
+        optimizer.step()
+    return {f"trained.{key}": p.detach().clone() for key, p in trainable(model)} if steps else {}
+
+
 def write_case(base, case, directory):
     shutil.rmtree(directory, ignore_errors=True)
     start, other = start_of(base, case, 1), start_of(base, case, 2)
@@ -245,6 +261,7 @@ def write_case(base, case, directory):
     loss.backward()
     gradients = {f"grad.{key}": p.grad.clone() for key, p in trainable(model)}
     save_file({"logits": logits.detach().contiguous(), "loss": loss.detach().reshape(1), **gradients,
+               **trained(model, case.steps, input_ids, labels),
                **{f"start.{key}": value for key, value in start.items() if torch.equal(value, other[key])}},
               directory / "oracle.safetensors")
     lost = (before - logits).abs().max().item()
@@ -260,11 +277,11 @@ def write(model_directory, output, names=()):
         shutil.rmtree(output, ignore_errors=True)
     torch.set_num_threads(1)
     prepare_peft()
-    base = copies_of(model_directory)
+    of_folder = functools.cache(lambda name: copies_of(model_directory.parent.parent / name / "model"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on models without a name
         for name in names or CASES:
-            write_case(base, CASES[name], output / name)
+            write_case(of_folder(CASES[name].base), CASES[name], output / name)
 
 
 def main():
