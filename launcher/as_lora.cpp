@@ -64,8 +64,9 @@ LowRank factorised(const Tensor& change, int64_t rank) {
   return result;
 }
 
-std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots,
-                                                      const std::string& verb) {
+std::vector<const peft::LinearSite*> changed_matrices(
+    const peft::SlotMap& slots, const std::string& verb,
+    const std::set<const models::LinearAdapter*>& others) {
   slots.each_beside_matrices([&](const auto& site) {
     GRAFT_CHECK(site.slot->empty(), verb, ": an adapter acts at ", site.name,
                 ", which is no matrix; only changes of matrices can be merged");
@@ -73,11 +74,14 @@ std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots
   std::vector<const peft::LinearSite*> changed;
   for (const auto* sites : {&slots.linears, &slots.gains}) {
     for (const peft::LinearSite& site : *sites) {
+      bool is_changed = false;
       for (const auto& adapter : site.slot->adapters()) {
+        if (others.contains(adapter.get())) continue;
         GRAFT_CHECK(adapter->mergeable(), verb, ": the adapter at ", site.name,
                     " is not a change of its matrix alone (a bias, say) and cannot be merged");
+        is_changed = true;
       }
-      if (!site.slot->empty()) changed.push_back(&site);
+      if (is_changed) changed.push_back(&site);
     }
   }
   return changed;

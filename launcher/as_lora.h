@@ -6,6 +6,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -52,7 +53,9 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
 
 /// The linears and gains that have adapters. @throws graft::Error (kUsage) if an adapter acts
 /// elsewhere, or is not a change of its matrix alone
-std::vector<const peft::LinearSite*> changed_matrices(const peft::SlotMap& slots,
-                                                      const std::string& verb);
+/// @param others  adapters to pass over
+std::vector<const peft::LinearSite*> changed_matrices(
+    const peft::SlotMap& slots, const std::string& verb,
+    const std::set<const models::LinearAdapter*>& others = {});
 
 }  // namespace graft::launcher

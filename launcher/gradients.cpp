@@ -77,6 +77,7 @@ void Gradients::add_thawed(const peft::Param& param, size_t index) {
   GRAFT_ASSERT(comm_ != nullptr, param.name,
                " is thawed: its gradient goes to the rank that owns it");
   views_[index] = at::zeros_like(param.value);
+  Tensor(param.value).mutable_grad() = views_[index];
   std::vector<dist::Slice> slices;
   for (const models::ElementRange& range : param.thawed->ranges())
     slices.push_back({range.begin, range.end});

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <span>
 
 #include "configs/check.h"
@@ -32,6 +33,7 @@ using at::Tensor;
 using Json = nlohmann::json;
 using AdapterSlot = models::Slot<models::LinearAdapter>;
 
+constexpr const char* kBias = ".bias";
 constexpr const char* kTokenizerFile = "tokenizer.json";
 /// What a folder has beside config.json and weights that the merged one needs too.
 constexpr const char* kCompanions[] = {kTokenizerFile,
@@ -77,6 +79,19 @@ at::ScalarType output_dtype(const std::string& option, const std::string& stored
   return at::kFloat;
 }
 
+/// Adapters that only add a vector where the base has one, behind all others of their slot.
+std::set<const models::LinearAdapter*> changes_of_biases(const peft::SlotMap& slots) {
+  std::set<const models::LinearAdapter*> found;
+  for (const peft::LinearSite& site : slots.linears) {
+    const auto& adapters = site.slot->adapters();
+    for (auto a = adapters.rbegin(); a != adapters.rend() && site.info.has_bias; ++a) {
+      if (!(*a)->merged_bias(at::zeros({site.info.out})).defined()) break;
+      found.insert(a->get());
+    }
+  }
+  return found;
+}
+
 /// The tensors to write, in the model's order.
 std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
                           const peft::Peft& adapters, const models::ModelInfo& info,
@@ -84,8 +99,13 @@ std::vector<Planned> plan(const std::vector<models::MatchedWeight>& weights,
   const peft::SlotMap& slots = adapters.slots();
   auto replaced = adapters.replaced_weights();
   std::map<std::string, const AdapterSlot*> adapted;
-  for (const peft::LinearSite* site : changed_matrices(slots, "merge"))
+  const auto of_biases = changes_of_biases(slots);
+  for (const peft::LinearSite* site : changed_matrices(slots, "merge", of_biases))
     adapted[site->name + ".weight"] = site->slot;
+  for (const peft::LinearSite& site : slots.linears) {
+    if (!site.slot->empty() && of_biases.contains(site.slot->adapters().back().get()))
+      adapted[site.name + kBias] = site.slot;
+  }
   GRAFT_CHECK(!adapted.empty() || !replaced.empty(), ExitCode::kData,
               "merge: the adapters change no matrix");
   const bool untie =
@@ -135,7 +155,14 @@ Stored merged_tensor(const Planned& item, SourceWeights& source, const MergeOpti
   const Tensor base = stored.to(at::kFloat);
   Tensor merged = item.replacement ? item.replacement().to(at::kFloat) : base;
   if (item.slot != nullptr) {
-    for (const auto& adapter : item.slot->adapters()) merged = adapter->merged(merged);
+    const bool is_bias = item.from->name.ends_with(kBias);
+    for (const auto& adapter : item.slot->adapters()) {
+      if (is_bias) {
+        if (const Tensor b = adapter->merged_bias(merged); b.defined()) merged = b;
+      } else if (adapter->mergeable()) {
+        merged = adapter->merged(merged);
+      }
+    }
   }
   Stored written = store(item, merged, options);
   const Tensor change = merged - base;

@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 /// What a method does to one model.
 struct Trial {
   std::vector<std::string> roles;  ///< slots it acts at
-  bool mergeable = true, starts_as_base = true, thaws = false;
+  bool mergeable = true, starts_as_base = true, thaws = false, is_sparse = false;
   int64_t trained = 0, base = 0;  ///< parameters
 };
 
@@ -46,8 +46,9 @@ Trial attach(const std::string& method, const std::string& model_path,
   adapters.attach(entry);
   const peft::SlotMap& slots = adapters.slots();
   Trial trial;
+  const bool has_slots = !entry.method->acts_on_others();
   slots.each_beside_matrices([&](const auto& site) { add_role(site, trial.roles); });
-  trial.mergeable = trial.roles.empty();  // so far: anything but matrices
+  trial.mergeable = has_slots && trial.roles.empty();  // so far: anything but matrices
   for (const auto* sites : {&slots.linears, &slots.gains}) {
     for (const auto& site : *sites) {
       add_role(site, trial.roles);
@@ -55,9 +56,11 @@ Trial attach(const std::string& method, const std::string& model_path,
         trial.mergeable = trial.mergeable && adapter->mergeable();
     }
   }
+  if (!has_slots) trial.roles.clear();  // they are those of others
   trial.starts_as_base = entry.method->starts_as_base();
   trial.trained = adapters.params().numel() - others;
   trial.thaws = adapters.params().has_thawed();
+  trial.is_sparse = entry.method->is_sparse();
   trial.base = num_parameters(*model);
   return trial;
 }
@@ -172,7 +175,10 @@ Facts method_sheet(const peft::MethodFacts& method, const std::string& model) {
     const Fit& fit = found.front();
     facts["slots_by_default"] = fit.trial.roles;
     add_behaviour(method.name, fit, facts);
-    facts["storage"] = fit.trial.thaws ? "S" : fit.trial.trained > 0 ? "R" : "N";
+    facts["storage"] = fit.trial.thaws         ? "S"
+                       : fit.trial.is_sparse   ? "P"
+                       : fit.trial.trained > 0 ? "R"
+                                               : "N";
     facts["exports_to"] = forms(type, fit.trial.mergeable);
   }
   facts["on_model"] = on_model(method.name, model);

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "configs/check.h"
+#include "configs/names.h"
 #include "dist/top_k.h"
 #include "launcher/progress.h"
 #include "peft/observer.h"
@@ -47,11 +48,16 @@ class SourceMatrix : public peft::PlainMatrix {
 
 peft::Calibration calibration_of(const std::vector<peft::Peft::Start>& starts) {
   peft::Calibration all;
+  std::string before;
   for (const auto& start : starts) {
     const peft::Calibration one = start.method->calibration();
     GRAFT_CHECK(one.rows == 0 || all.rows == 0 || one.one_document == all.one_document,
-                "peft: a method that looks at one document at a time cannot be combined with one "
-                "that looks at micro-batches of the run");
+                "peft: ", one.one_document ? start.name : before,
+                " looks at one document at a time and cannot be combined with ",
+                one.one_document ? before : start.name,
+                ", which looks at micro-batches of the run; start one of them in a run before and "
+                "go on with init_from");
+    if (one.rows > 0) before = start.name;
     all.one_document = all.one_document || one.one_document;
     all.rows = std::max(all.rows, one.rows);
     all.gradients = all.gradients || one.gradients;
@@ -68,13 +74,14 @@ void observe(const StartInputs& inputs, const std::vector<peft::Peft::Start>& st
   std::vector<models::Lane> lanes = inputs.rows(wanted);
   const int64_t rows_per_lane = lanes.empty() ? 1 : lanes.front().batch.tokens_BL.size(0);
   std::vector<peft::Observer::Seen> seen;
+  const std::string prompts = configs::join(inputs.adapters.prompts(), " and ");
   for (const auto& start : mine) {  // each sees as many as it asked for, whatever others want
     const int64_t rows = start.method->calibration().rows;
     const int64_t lanes_left = (rows + rows_per_lane - 1) / rows_per_lane;
-    seen.push_back(
-        {start.site, [start, left = lanes_left](const peft::Observation& observation) mutable {
-           if (left-- > 0) start.method->observe(*start.site, observation);
-         }});
+    const auto see = [start, left = lanes_left](const peft::Observation& observation) mutable {
+      if (left-- > 0) start.method->observe(*start.site, observation);
+    };
+    seen.push_back({start.site, see, start.name, prompts});
   }
   peft::Observer observer(
       std::move(seen), inputs.model.num_stages(),
@@ -170,9 +177,10 @@ void set_starts(const StartInputs& inputs) {
   const auto weights = models::match_weights(inputs.model, inputs.source);
   Progress progress("first values");
   for (size_t i = 0; i < starts.size(); ++i) {
-    const auto& [method, site] = starts[i];
+    peft::Method* method = starts[i].method;
+    const peft::LinearSite* site = starts[i].site;
     if (method->share_chosen() > 0) continue;
-    const auto item = [&, &site = site] {
+    const auto item = [&] {
       const auto named = [&](const std::string& name) {
         return std::find_if(weights.begin(), weights.end(),
                             [&](const auto& weight) { return weight.name == name; });

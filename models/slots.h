@@ -92,12 +92,17 @@ class LinearAdapter : public torch::nn::Module {
   virtual bool mergeable() const { return false; }
   /// The matrix that alone does what base and adapter do; `w` is not changed.
   virtual Tensor merged(const Tensor& w) const;
+  /// Where all it does is to add a vector: the bias that alone does what `b`, that of what it
+  /// wraps, and the adapter do. Undefined: it does more.
+  virtual Tensor merged_bias(const Tensor& /*b*/) const { return {}; }
   /// The factors, if without dropout all it does is to add such a product to what it wraps:
   /// several of a slot can then run as one.
   virtual std::optional<LowRank> low_rank() const { return std::nullopt; }
   /// Whether forward() or initial values ask for LinearOp::weight(), which only mergeable adapters
   /// below can give.
   virtual bool needs_weight() const { return false; }
+  /// Whether it computes without what it wraps: an adapter below would do nothing.
+  virtual bool replaces() const { return false; }
 };
 
 /// Placed around attention, MLP and whole blocks: attn, mlp, block.
@@ -135,14 +140,11 @@ class CarryAdapter : public torch::nn::Module {
   virtual Carry forward(Carry carry, const Stage& stage, const Pass& pass) = 0;
 };
 
-/// Placed at the loss. Undefined: it adds nothing.
+/// Placed at the loss.
 class LossAdapter : public torch::nn::Module {
  public:
-  /// A sum over the lane's targets, added to the loss sum.
-  virtual Tensor term(const Carry& /*carry*/, const Pass& /*pass*/) { return {}; }
-  /// A function of the parameters alone, added to the mean loss of a step: once, after gradients
-  /// are summed, never per lane or rank.
-  virtual Tensor penalty() const { return {}; }
+  /// A sum over the lane's targets, added to the loss sum. Undefined: it adds nothing.
+  virtual Tensor term(const Carry& carry, const Pass& pass) = 0;
 };
 
 /// Runs `base` through the adapters of a slot, innermost first.

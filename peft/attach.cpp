@@ -43,8 +43,6 @@ void list_tensors(AttachContext& context, const torch::nn::Module& module, const
 }
 
 void thaw(AttachContext& context, const WeightSite& site) {
-  GRAFT_CHECK(site.weight->thawed() == models::Thaw::kNothing, "peft: ", site.name,
-              " is thawed by two methods; one of them is enough");
   site.weight->thaw(models::Thaw::kSteps);
   Param param;
   param.name = context.prefix + site.name;
@@ -53,6 +51,19 @@ void thaw(AttachContext& context, const WeightSite& site) {
   param.stage = site.stage, param.last_stage = site.last_stage;
   param.thawed = site.weight;
   context.params.add(std::move(param));
+}
+
+void check_slots(const AttachContext& context, size_t count, const char* kind) {
+  GRAFT_CHECK(count > 0, "peft: ", context.method, " acts at ", kind, ", and this model (",
+              context.info.family, ") has none");
+}
+
+std::string divisors_of(int64_t n) {
+  std::vector<std::string> sizes;
+  for (int64_t size = 2; size <= n; ++size) {
+    if (n % size == 0) sizes.push_back(std::to_string(size));
+  }
+  return detail::concat("the divisors of ", n, ": ", configs::join(sizes, ", "));
 }
 
 void check_rank(const AttachContext& context, const LinearSite& site, int64_t rank) {

@@ -38,8 +38,15 @@ void list_tensors(AttachContext& context, const torch::nn::Module& module, const
 
 /// Trains a tensor of the base itself, unquantised and cut over the ranks as its block is (storage
 /// class S). In files it has Hugging Face's name.
-/// @throws graft::Error (kUsage) if a method before has thawed it
 void thaw(AttachContext& context, const WeightSite& site);
+
+/// @throws graft::Error (kUsage) unless the model has `count` > 0 of the slots that the method acts
+/// at
+/// @param kind  what they are called in the message: "linear layers"
+void check_slots(const AttachContext& context, size_t count, const char* kind);
+
+/// "the divisors of 12: 2, 3, 4, 6, 12": the sizes above 1 that cut `n`
+std::string divisors_of(int64_t n);
 
 /// @throws graft::Error for a rank that is more than the matrix can have
 void check_rank(const AttachContext& context, const LinearSite& site, int64_t rank);

@@ -1,7 +1,10 @@
-// Peft's frozen adapters: which of them run, as what, and over which methods they can stand.
+// Peft's adapters beside one another: which of the frozen ones run and as what, and which methods
+// can stand on which.
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <optional>
+#include <set>
 #include <type_traits>
 
 #include "configs/check.h"
@@ -57,23 +60,95 @@ std::string Peft::frozen_hash() const {
   return all;
 }
 
+/// Whose the adapter at a place of a slot is, for messages.
+template <class Site>
+std::string Peft::owner(const Site& site, size_t place) const {
+  const auto found = method_of_.find(site.slot->adapters()[place].get());
+  if (found != method_of_.end()) return found->second;
+  std::vector<std::string> names;  // several frozen ones that run as one product
+  for (const auto& frozen : site.slot->frozen()) {
+    const std::string& name = method_of_.at(frozen.adapter.get());
+    if (frozen_[frozen.owner].is_active) names.push_back(name);
+  }
+  return configs::join(names, " and ");
+}
+
 /// Methods that need a layer's matrix stand on methods that can be merged into it.
 /// @param method  attached just now
 void Peft::check_composes(const std::string& method) {
+  std::set<const void*> is_new;
+  slots_.each([&](const auto& site) {
+    for (size_t i = site.slot->num_frozen(); i < site.slot->size(); ++i) {
+      const void* adapter = site.slot->adapters()[i].get();
+      if (method_of_.emplace(adapter, method).second) is_new.insert(adapter);
+    }
+  });
   for (const auto* sites : {&slots_.linears, &slots_.gains}) {
     for (const LinearSite& site : *sites) {
-      const models::LinearAdapter* unmergeable = nullptr;
+      std::optional<size_t> unmergeable;
       for (size_t i = 0; i < site.slot->size(); ++i) {
         const auto& adapter = site.slot->adapters()[i];
-        const bool is_new = i >= site.slot->num_frozen() && !method_of_.contains(adapter.get());
-        if (is_new) method_of_[adapter.get()] = method;
-        GRAFT_CHECK(!is_new || !adapter->needs_weight() || unmergeable == nullptr, "peft: ", method,
-                    " needs the matrix of ", site.name, ", and ", method_of_[unmergeable],
+        GRAFT_CHECK(!is_new.contains(adapter.get()) || !adapter->needs_weight() || !unmergeable,
+                    "peft: ", method, " needs the matrix of ", site.name, ", and ",
+                    owner(site, *unmergeable),
                     " below it cannot be merged into one; put it on other modules, or above");
-        if (!adapter->mergeable()) unmergeable = adapter.get();
+        if (!adapter->mergeable()) unmergeable = i;
       }
     }
   }
+}
+
+/// Below an adapter that replaces what it wraps another would be dead, and nobody would know.
+/// @param checked  how many of a slot's were looked at before
+void Peft::check_replaces(const std::map<const LinearSite*, size_t>& checked) const {
+  for (const auto* sites : {&slots_.linears, &slots_.gains}) {
+    for (const LinearSite& site : *sites) {
+      const auto found = checked.find(&site);
+      const size_t first = found == checked.end() ? 0 : found->second;
+      for (size_t i = std::max<size_t>(first, 1); i < site.slot->size(); ++i) {
+        GRAFT_CHECK(!site.slot->adapters()[i]->replaces(), "peft: ", owner(site, i),
+                    " takes the place of ", site.name, ", and ", owner(site, i - 1),
+                    " below it would do nothing there; leave ", site.name,
+                    " out of one of them, or put the one that takes its place first");
+      }
+    }
+  }
+}
+
+/// @param params  of a method attached just now
+void Peft::note_thawed(const std::vector<Param>& params, const std::string& method) {
+  for (const Param& param : params) {
+    if (param.thawed == nullptr) continue;
+    const auto [found, is_first] = thawed_by_.emplace(param.thawed, method);
+    GRAFT_CHECK(is_first, "peft: ", param.hf_key, " is thawed by two methods, ", found->second,
+                " and ", method, "; one of them is enough");
+  }
+}
+
+/// An adapter that computes with the matrix would take it for a constant.
+void Peft::check_thawed_alone() const {
+  for (const WeightSite& weight : slots_.weights) {
+    if (!weight.weight->is_trained()) continue;
+    for (const auto* sites : {&slots_.linears, &slots_.gains}) {
+      for (const LinearSite& site : *sites) {
+        const bool shares_table = site.name == "head" && model_.info().tied_head;
+        const std::string table = shares_table ? "embed" : site.name;
+        GRAFT_CHECK(site.slot->empty() || !weight.name.starts_with(table + "."),
+                    "peft: ", weight.name, " is trained whole, and ", site.name,
+                    " has an adapter too: of ", thawed_by_.at(weight.weight), " and ",
+                    owner(site, site.slot->size() - 1), "; leave it out of one of them");
+      }
+    }
+  }
+}
+
+std::vector<std::string> Peft::prompts() const {
+  std::vector<std::string> names;
+  for (const auto& site : slots_.sequences) {
+    for (size_t i = 0; i < (site.name == "input" ? site.slot->size() : 0); ++i)
+      names.push_back(owner(site, i));
+  }
+  return names;
 }
 
 std::map<std::string, std::function<Tensor()>> Peft::replaced_weights() const {

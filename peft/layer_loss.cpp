@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "configs/check.h"
+#include "peft/attach.h"
 
 namespace graft::peft {
 namespace {
@@ -52,8 +53,8 @@ class LayerLoss::AtLoss : public models::LossAdapter {
 std::shared_ptr<LayerLoss> LayerLoss::attach(AttachContext& context, double weight) {
   std::shared_ptr<LayerLoss> loss(new LayerLoss(weight));
   const auto& blocks = context.slots.carries;
-  GRAFT_CHECK(!blocks.empty() && !context.slots.losses.empty(),
-              "peft: this model has no place for losses of its layers");
+  check_slots(context, std::min(blocks.size(), context.slots.losses.size()),
+              "the losses of layers");
   for (const auto& site : blocks)
     site.slot->push(std::make_shared<Around>(loss, &site == &blocks.front()));
   for (const auto& site : context.slots.losses) site.slot->push(std::make_shared<AtLoss>(loss));

@@ -12,7 +12,8 @@
 //             parameters, and as buffers the constants that are saved;
 //             static std::vector<Leaf> leaves(): {"lora_a", "lora_A.weight"}
 //             optional: void initialize(config, site, base): values that need the base's;
-//             static constexpr bool kAdaptsEmbeddings = true
+//             static constexpr bool kAdaptsEmbeddings = true; kIsSparse = true: see
+//             Method::is_sparse
 #pragma once
 
 #include <memory>
@@ -37,7 +38,7 @@ class LinearMethod : public Method {
     whole_.fields(f);
   }
   void attach(AttachContext& context) override {
-    sites_ = config_.targets.resolve(context.slots);
+    sites_ = config_.targets.resolve(context);
     check_patterns(describe(), sites_);
     adapters_.clear();  // a method may be attached again: to show a model, then to train one
     before_slots(context);
@@ -56,6 +57,9 @@ class LinearMethod : public Method {
   bool starts_as_base() const override {
     if constexpr (requires { config_.starts_as_base(); }) return config_.starts_as_base();
     return true;
+  }
+  bool is_sparse() const override {
+    return requires { Adapter::kIsSparse; };
   }
   std::string peft_type() const override {
     if constexpr (requires { config_.is_pefts(); }) {

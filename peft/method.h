@@ -33,6 +33,7 @@ struct AttachContext {
   std::string prefix;  ///< of parameter names: the method's place in the list
   /// The fields are those of a saved adapter, which is taken as it is, however odd its sizes.
   bool from_file = false;
+  std::string method = {};  ///< its name, for messages
 };
 
 /// The base's weights after loading, dense, one at a time. Collective: every rank asks for the same
@@ -122,14 +123,18 @@ class Method {
 
   /// After the base is loaded, before the first step: initial values that need what it holds.
   virtual void initialize(BaseWeights& /*base*/) {}
-  /// Gradients are summed over ranks and lanes: every rank sees the same numbers.
+  /// Gradients are summed over ranks and lanes: every rank sees the same numbers. What a loss has
+  /// of parameters alone is added here, once a step.
   virtual void after_reduce(const StepInfo& /*info*/) {}
   /// The optimiser has moved the parameters.
   virtual void after_step(const StepInfo& /*info*/) {}
   /// True if the model computes the same with and without the method before the first step.
   virtual bool starts_as_base() const { return true; }
-  /// True if it trains nothing itself: it acts on what the methods before it in the list train.
+  /// True if it trains nothing itself: it acts on what the methods before it in the list train, and
+  /// sees their gradients before they do.
   virtual bool acts_on_others() const { return false; }
+  /// True if what it trains are values at chosen places of matrices (storage class P).
+  virtual bool is_sparse() const { return false; }
 
   /// PEFT's name of the method ("LORA"); empty where PEFT has none.
   virtual std::string peft_type() const { return ""; }

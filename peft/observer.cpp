@@ -10,15 +10,15 @@ namespace {
 
 /// Those of the lane's positions that hold a token. A head sees [targets, in], no others.
 Observation without_padding(const Tensor& x, const Tensor& dy, const data::Batch& batch,
-                            const std::string& slot) {
+                            const Observer::Seen& seen_by) {
   if (x.dim() == 2) {
     return {x.to(at::kFloat), dy.defined() ? dy.to(at::kFloat) : dy,
             at::ones({x.size(0)}, x.options().dtype(at::kBool))};
   }
-  GRAFT_CHECK(x.dim() == 3 && x.size(1) == batch.tokens_BL.size(1), "peft: ", slot, " sees ",
-              x.sizes(), " where the rows are ", batch.tokens_BL.sizes(),
-              ": a method that puts positions between the tokens cannot be combined with one that "
-              "starts from data");
+  GRAFT_CHECK(x.dim() == 3 && x.size(1) == batch.tokens_BL.size(1), "peft: ", seen_by.site->name,
+              " sees ", x.sizes(), " where the rows are ", batch.tokens_BL.sizes(), ": ",
+              seen_by.method, " starts from data and cannot be combined with ", seen_by.prompts,
+              ", which puts positions beside the tokens; start it in a run of its own");
   const Tensor is_token_BL = batch.documents_BL.to(x.device()).ge(0);
   const auto rows = [&](const Tensor& t) {
     return t.defined() ? t.detach().index({is_token_BL}) : t;
@@ -47,8 +47,7 @@ struct Shown : torch::autograd::Function<Shown> {
 
 class Watch : public models::LinearAdapter {
  public:
-  Watch(const LinearSite& site, std::function<void(const Observation&)> see, Tensor probe)
-      : name_(site.name), see_(std::move(see)), probe_(std::move(probe)) {}
+  Watch(Observer::Seen seen, Tensor probe) : seen_(std::move(seen)), probe_(std::move(probe)) {}
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
     Tensor y = base(x);
     if (probe_.defined()) return Shown::apply(y, probe_, x.detach(), this, pass.batch);
@@ -57,12 +56,11 @@ class Watch : public models::LinearAdapter {
   }
   void show(const Tensor& x, const Tensor& dy, const data::Batch& batch) const {
     const at::NoGradGuard no_grad;
-    see_(without_padding(x, dy, batch, name_));
+    seen_.see(without_padding(x, dy, batch, seen_));
   }
 
  private:
-  std::string name_;
-  std::function<void(const Observation&)> see_;
+  Observer::Seen seen_;
   Tensor probe_;  ///< undefined: gradients are not asked for
 };
 
@@ -86,7 +84,7 @@ Observer::Observer(std::vector<Seen> sites, int num_stages, Gradients gradients)
       probe = at::zeros({}).set_requires_grad(true);
       probes_[static_cast<size_t>(seen.site->stage)].push_back(probe);
     }
-    seen.site->slot->push(std::make_shared<Watch>(*seen.site, seen.see, probe));
+    seen.site->slot->push(std::make_shared<Watch>(seen, probe));
   }
 }
 

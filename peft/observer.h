@@ -16,6 +16,7 @@ class Observer : public models::GradientSink {
   struct Seen {
     const LinearSite* site;
     std::function<void(const Observation&)> see;  ///< each lane that passes
+    std::string method = {}, prompts = {};  ///< for messages: who looks, and who adds positions
   };
   enum class Gradients { kNo, kYes };
   /// @param gradients  kYes: each lane is seen once, on its way down through a sweep; kNo: on its

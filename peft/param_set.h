@@ -51,10 +51,22 @@ struct Constant {
   bool is_saved = true;          ///< false: read where a file has it, not written
 };
 
+/// What is kept of a parameter through a run, element by element: moments of an optimiser, or what
+/// a method compares it with.
+struct ParamState {
+  std::string name;  ///< "exp_avg"
+  size_t param;      ///< in the ParamSet's order
+  Tensor value;
+  int64_t elements = 1;  ///< of the parameter, that one element of `value` stands for
+};
+
 class ParamSet {
  public:
   void add(Param param);
   void add(Constant constant);
+  /// From initialize() on: checkpoints hold it with the moments, adapters do not.
+  void keep(ParamState state) { kept_.push_back(std::move(state)); }
+  const std::vector<ParamState>& kept() const { return kept_; }
   /// Gives a parameter its tail.
   void set_tail(const std::string& name, Tensor tail, int64_t dim);
   const std::vector<Param>& all() const { return params_; }
@@ -76,6 +88,7 @@ class ParamSet {
 
   std::vector<Param> params_;
   std::vector<Constant> constants_;
+  std::vector<ParamState> kept_;
   std::unordered_set<std::string> names_;
 };
 

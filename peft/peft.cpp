@@ -1,7 +1,6 @@
 #include "peft/peft.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -9,6 +8,7 @@
 
 #include "configs/check.h"
 #include "peft/adapter_file.h"
+#include "peft/peft_config.h"
 #include "peft/peft_form.h"
 
 namespace graft::peft {
@@ -40,6 +40,15 @@ void set_values(const ParamSet& set, const AdapterFile& file) {
 }
 
 bool is_head(const Param& param) { return param.name.ends_with(".head.weight"); }
+
+/// How many adapters each matrix and norm has.
+std::map<const LinearSite*, size_t> num_adapters(const SlotMap& slots) {
+  std::map<const LinearSite*, size_t> counts;
+  for (const auto* sites : {&slots.linears, &slots.gains}) {
+    for (const LinearSite& site : *sites) counts[&site] = site.slot->size();
+  }
+  return counts;
+}
 
 bool is_within(const configs::Bound& bound, const configs::Node& value) {
   if (value.kind != configs::Node::Kind::kScalar) {
@@ -117,9 +126,10 @@ void Peft::attach_frozen(const std::string& directory, double weight, const std:
   const AdapterFile file(directory);
   file.check_modules(slots_);
   GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
-  AttachContext context{slots_,  model_.info(), frozen.params,
-                        random_, device_,       "frozen" + std::to_string(frozen_.size()) + ".",
-                        true};
+  AttachContext context{slots_,  model_.info(),     frozen.params,
+                        random_, device_,           "frozen" + std::to_string(frozen_.size()) + ".",
+                        true,    frozen.method_name};
+  const auto before = num_adapters(slots_);
   try {
     frozen.head = attach_with_head(*frozen.method, context, [&](const std::string& key) {
       const auto names = file.names();
@@ -129,12 +139,16 @@ void Peft::attach_frozen(const std::string& directory, double weight, const std:
     throw Error(error.code() == ExitCode::kUsage ? ExitCode::kData : error.code(),
                 directory + ": " + error.what());
   }
+  check_named(directory, slots_,
+              [&](const LinearSite& site) { return site.slot->size() > before.at(&site); });
+  const std::string whose = frozen.method_name + " (" + directory + ")";
+  note_thawed(frozen.params.all(), whose);
   for (const Param& param : frozen.params.all()) {
     param.value.set_requires_grad(false);
     if (param.thawed != nullptr) param.thawed->thaw(models::Thaw::kFile);
   }
   set_values(frozen.params, file);
-  check_composes(frozen.method_name + " (" + directory + ")");
+  check_composes(whose);
   slots_.each([&](const auto& site) { site.slot->freeze(frozen_.size()); });
   frozen_.push_back(std::move(frozen));
   run_active();
@@ -152,13 +166,17 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const std::string from = resume.empty() ? entry.init_from.value_or("") : resume;
   if (!from.empty()) entry.method->continue_from(read_saved_adapter(from));
   const size_t first = params_.all().size(), first_constant = params_.constants().size();
-  AttachContext context{slots_,       model_.info(),
-                        params_,      kernels::derive(random_, index + 1),
-                        device_,      std::to_string(index) + ".",
-                        !from.empty()};
-  auto head =
-      attach_with_head(*entry.method, context, [&](const std::string&) { return !trains_head_; });
-  check_composes(entry.name);
+  AttachContext context{slots_,        model_.info(),
+                        params_,       kernels::derive(random_, index + 1),
+                        device_,       std::to_string(index) + ".",
+                        !from.empty(), entry.name};
+  const auto before = num_adapters(slots_);
+  auto head = attach_with_head(*entry.method, context,
+                               [&](const std::string&) { return trains_head_.empty(); });
+  if (entry.init_from) {
+    check_named(*entry.init_from, slots_,
+                [&](const LinearSite& site) { return site.slot->size() > before.at(&site); });
+  }
   trained_.push_back({entry.name, entry.method, first, params_.all().size() - first, first_constant,
                       params_.constants().size() - first_constant, entry.init_from.value_or(""),
                       !from.empty(), std::move(head)});
@@ -166,31 +184,19 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const auto params = params_of(part);
   const auto constants = constants_of(part);
   const bool trains_head = std::any_of(params.begin(), params.end(), is_head);
-  GRAFT_CHECK(!trains_head || !trains_head_, "peft: ", entry.name,
-              " trains the head, which a method before it trains already");
-  trains_head_ = trains_head_ || trains_head;
+  GRAFT_CHECK(!trains_head || trains_head_.empty(), "peft: ", entry.name,
+              " trains the head, which ", trains_head_,
+              " before it in the list trains already; leave it to one of them");
+  if (trains_head) trains_head_ = entry.name;
   if (part.num_params + part.num_constants > 0) saved_.push_back(index);
+  note_thawed(params, entry.name);
+  check_composes(entry.name);
+  check_replaces(before);
   check_thawed_alone();
   if (from.empty()) return;
   // Now, because how the base is stored may depend on them.
   const AdapterFile file(from);
   set_values(params, constants, file.read(params, constants), file);
-}
-
-/// An adapter that computes with the matrix would take it for a constant.
-void Peft::check_thawed_alone() const {
-  for (const WeightSite& weight : slots_.weights) {
-    if (!weight.weight->is_trained()) continue;
-    for (const auto* sites : {&slots_.linears, &slots_.gains}) {
-      for (const LinearSite& site : *sites) {
-        const bool shares_table = site.name == "head" && model_.info().tied_head;
-        const std::string table = shares_table ? "embed" : site.name;
-        GRAFT_CHECK(site.slot->empty() || !weight.name.starts_with(table + "."),
-                    "peft: ", weight.name, " is trained whole, and ", site.name,
-                    " has an adapter too; leave it out of one of them");
-      }
-    }
-  }
 }
 
 void Peft::attach(std::vector<MethodEntry>& entries, const std::string& resume) {
@@ -210,7 +216,7 @@ std::vector<Peft::Start> Peft::starts() const {
   for (const Trained& part : trained_) {
     if (part.goes_on) continue;
     for (const LinearSite* site : part.method->start_sites())
-      starts.push_back({part.method.get(), site});
+      starts.push_back({part.method.get(), site, part.name});
   }
   return starts;
 }
@@ -253,6 +259,7 @@ void Peft::initialize(BaseWeights& base) {
   for (Frozen& frozen : frozen_) frozen.params.bind_thawed();
   params_.bind_thawed();
   check_base_copies(base);
+  check_replaces({});
   for (const Frozen& frozen : frozen_) {
     frozen.method->initialize(
         base);  // may take values from the base, so the saved ones are set again
@@ -289,26 +296,6 @@ void Peft::check_fingerprints(const std::function<std::string()>& base) const {
   }
 }
 
-/// Every rank adds the same gradients to the same sums.
-void Peft::add_penalties() const {
-  const at::AutoGradMode with_grad(true);
-  std::vector<Tensor> values;
-  for (const Param& param : params_.all()) {
-    if (param.thawed == nullptr) values.push_back(param.value);
-  }
-  for (const auto& site : slots_.losses) {
-    for (const auto& adapter : site.slot->adapters()) {
-      const Tensor penalty = adapter->penalty();
-      if (!penalty.defined() || !penalty.requires_grad()) continue;
-      const auto gradients =
-          torch::autograd::grad({penalty}, values, {}, std::nullopt, false, /*allow_unused=*/true);
-      for (size_t i = 0; i < values.size(); ++i) {
-        if (gradients[i].defined()) values[i].mutable_grad().add_(gradients[i]);
-      }
-    }
-  }
-}
-
 std::vector<std::string> Peft::directories() const {
   std::vector<std::string> all;
   for (const Frozen& frozen : frozen_) all.push_back(frozen.directory);
@@ -319,8 +306,12 @@ std::vector<std::string> Peft::directories() const {
 }
 
 void Peft::after_reduce(const StepInfo& info) {
-  add_penalties();
-  for (const Trained& part : trained_) part.method->after_reduce(info);
+  const auto call = [&](bool acts_on_others) {
+    for (const Trained& part : trained_) {
+      if (part.method->acts_on_others() == acts_on_others) part.method->after_reduce(info);
+    }
+  };
+  call(true), call(false);  // what is added to a gradient is there when its method looks at it
 }
 
 void Peft::after_step(const StepInfo& info) {

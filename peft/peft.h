@@ -53,9 +53,12 @@ class Peft {
   struct Start {
     Method* method;
     const LinearSite* site;
+    std::string name;  ///< of the method
   };
   /// Of the methods that do not go on from an adapter, in order.
   std::vector<Start> starts() const;
+  /// Of the methods that put rows in front of the tokens.
+  std::vector<std::string> prompts() const;
   /// Calls Method::adopted of the methods that have starts.
   void adopted();
   bool changes_base() const;
@@ -115,12 +118,15 @@ class Peft {
     std::shared_ptr<WholeTensors> head;
   };
   std::vector<Method*> running() const;  ///< innermost first
+  void note_thawed(const std::vector<Param>& params, const std::string& method);
   void check_thawed_alone() const;
+  void check_replaces(const std::map<const LinearSite*, size_t>& checked) const;
+  template <class Site>
+  std::string owner(const Site& site, size_t place) const;
   void check_task(const std::string& directory) const;
   template <class Wanted>
   std::shared_ptr<WholeTensors> attach_with_head(Method& method, AttachContext& context,
                                                  const Wanted& wanted);
-  void add_penalties() const;
   void run_active();
   void check_composes(const std::string& method);
   std::vector<std::string> directories() const;  ///< that adapters came from
@@ -134,9 +140,10 @@ class Peft {
   ParamSet params_;  ///< of the trained methods
   std::vector<Trained> trained_;
   std::vector<size_t> saved_;  ///< of trained_
-  bool trains_head_ = false;
+  std::string trains_head_;    ///< the method that does; empty: none
   std::vector<Frozen> frozen_;
-  std::map<const models::LinearAdapter*, std::string> method_of_;  ///< of those attached so far
+  std::map<const void*, std::string> method_of_;  ///< of the adapters attached so far
+  std::map<const models::Weight*, std::string> thawed_by_;
 };
 
 /// Reads adapter_config.json: the method it names, with its fields set.

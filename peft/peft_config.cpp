@@ -1,5 +1,6 @@
 #include "peft/peft_config.h"
 
+#include <algorithm>
 #include <limits>
 
 namespace graft::peft {
@@ -22,6 +23,14 @@ std::string_view module_of(std::string_view tensor, std::string_view leaf) {
   return tensor.substr(0, tensor.size() - leaf.size() - 1);
 }
 
+/// True if an entry of a list is the module's path or an end of it, as PEFT compares them.
+bool lists(const nlohmann::ordered_json& names, const std::string& path) {
+  return names.is_array() && std::any_of(names.begin(), names.end(), [&](const auto& name) {
+           const std::string text = name.is_string() ? name.template get<std::string>() : "";
+           return path == text || path.ends_with("." + text);
+         });
+}
+
 }  // namespace
 
 PeftConfigReader::PeftConfigReader(const SavedAdapter& adapter) : adapter_(adapter) {
@@ -38,9 +47,14 @@ const nlohmann::ordered_json& PeftConfigReader::entry(const std::string& key) {
 
 void PeftConfigReader::get_targets(const std::vector<std::string_view>& leaves, Targets& targets) {
   ignore({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"});
+  const std::set<std::string_view> tensors(adapter_.tensors.begin(), adapter_.tensors.end());
   for (const std::string& tensor : adapter_.tensors) {
     for (const std::string_view leaf : leaves) {
-      if (const auto module = module_of(tensor, leaf); !module.empty()) targets_.emplace(module);
+      const std::string_view module = module_of(tensor, leaf);
+      if (module.empty()) continue;
+      // A module whose own matrix is there is whole, and a leaf "bias" is a part of it.
+      const std::string own = std::string(kFilePrefix).append(module).append(kWeight);
+      if (!tensors.contains(own)) targets_.emplace(module);
     }
   }
   GRAFT_CHECK(!targets_.empty(), ExitCode::kData, "adapter_model.safetensors: no tensor is called ",
@@ -112,6 +126,31 @@ void PeftConfigReader::read(const std::string& key, const Json& entry, double& v
 void PeftConfigReader::read(const std::string& key, const Json& entry, std::string& value) {
   expect(entry.is_string(), key, entry, "a string");
   value = entry.get<std::string>();
+}
+
+void check_named(const std::string& directory, const SlotMap& slots,
+                 const std::function<bool(const LinearSite&)>& is_adapted) {
+  const auto config = read_saved_adapter(directory).config;
+  const auto entry = [&](const char* key) { return config.value(key, nlohmann::ordered_json()); };
+  const auto targets = entry("target_modules"), excluded = entry("exclude_modules");
+  const auto whole = entry("modules_to_save"), layers = entry("layers_to_transform");
+  const auto is_target = [&](const LinearSite& site) {
+    if (excluded.is_string() || !entry("layers_pattern").is_null())
+      return false;  // of another kind
+    const bool layer_fits =
+        layers.is_null() || std::any_of(layers.begin(), layers.end(),
+                                        [&](const auto& layer) { return layer == site.layer; });
+    return layer_fits && lists(targets, site.hf_path) && !lists(excluded, site.hf_path);
+  };
+  for (const auto* sites : {&slots.linears, &slots.gains}) {
+    for (const LinearSite& site : *sites) {
+      const bool is_whole = lists(whole, site.hf_path);
+      GRAFT_CHECK((!is_whole && !is_target(site)) || is_adapted(site), ExitCode::kData, directory,
+                  "/adapter_config.json: ", is_whole ? "modules_to_save" : "target_modules",
+                  " names ", site.hf_path, ", and adapter_model.safetensors has no tensor ",
+                  kFilePrefix, site.hf_path, ".*");
+    }
+  }
 }
 
 }  // namespace graft::peft

@@ -4,6 +4,7 @@
 // is a list, a regular expression or a word, crossed with layer numbers and exclusions.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -90,5 +91,13 @@ void PeftConfigReader::get_pattern(const std::string& key, const Targets& target
     }
   }
 }
+
+/// A file from which all tensors of a module were lost is no smaller adapter: its config still
+/// names the module.
+/// @param is_adapted  by what was read from the directory
+/// @throws graft::Error (kData) for a slot that a list of target_modules or modules_to_save names
+/// and that is not; a regular expression names nothing
+void check_named(const std::string& directory, const SlotMap& slots,
+                 const std::function<bool(const LinearSite&)>& is_adapted);
 
 }  // namespace graft::peft

@@ -107,14 +107,12 @@ models::Carry PromptInput::edit(models::Carry carry, const models::Pass& pass) {
 }
 
 void attach_prompt(AttachContext& context, const std::shared_ptr<PromptRows>& rows) {
-  for (const auto& site : context.slots.sequences) {
-    if (site.role != "input" || site.name != "input") continue;
-    site.slot->push(std::make_shared<PromptInput>(rows));
-    rows->attach(context, site.stage, site.stage);
-    return;
-  }
-  throw Error(ExitCode::kUsage,
-              "peft: this model has no place for a prompt in front of its tokens");
+  const auto& sites = context.slots.sequences;
+  const auto input = std::find_if(sites.begin(), sites.end(),
+                                  [](const auto& site) { return site.name == "input"; });
+  check_slots(context, static_cast<size_t>(sites.end() - input), "the input, before the tokens");
+  input->slot->push(std::make_shared<PromptInput>(rows));
+  rows->attach(context, input->stage, input->stage);
 }
 
 }  // namespace graft::peft

@@ -6,6 +6,7 @@
 
 #include "configs/check.h"
 #include "configs/names.h"
+#include "peft/attach.h"
 
 namespace graft::peft {
 namespace {
@@ -70,6 +71,13 @@ bool glob_match(std::string_view pattern, std::string_view text) {
     }
   }
   return pattern.find_first_not_of('*', p) == std::string_view::npos;
+}
+
+std::vector<const LinearSite*> Targets::resolve(const AttachContext& context,
+                                                const char* field) const {
+  check_slots(context, gains ? context.slots.gains.size() : context.slots.linears.size(),
+              gains ? "norms" : "linear layers");
+  return resolve(context.slots, field);
 }
 
 std::vector<const LinearSite*> Targets::resolve(const SlotMap& slots, const char* field) const {

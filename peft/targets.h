@@ -11,6 +11,8 @@
 
 namespace graft::peft {
 
+struct AttachContext;  // peft/method.h
+
 struct Targets {
   /// "all-linear" (every linear of the blocks), or any of: a role (attn.q), a slot
   /// (block.3.attn.q), a Hugging Face suffix (q_proj) or path (model.layers.3.self_attn.q_proj),
@@ -23,7 +25,11 @@ struct Targets {
   void fields(configs::Fields& f);
   /// The slots meant, in the model's order.
   /// @param field  what `modules` is called in messages
-  /// @throws graft::Error (kUsage) for an entry that matches nothing, with the nearest names
+  /// @throws graft::Error (kUsage) for an entry that matches nothing, with the nearest names, and
+  /// for a model without such slots
+  std::vector<const LinearSite*> resolve(const AttachContext& context,
+                                         const char* field = "target_modules") const;
+  /// The same of a model that has some.
   std::vector<const LinearSite*> resolve(const SlotMap& slots,
                                          const char* field = "target_modules") const;
 };

@@ -27,6 +27,7 @@ class WholeWeight : public models::LinearAdapter {
   }
   bool mergeable() const override { return !bias.defined(); }
   Tensor merged(const Tensor& w) const override { return weight.to(w.scalar_type()); }
+  bool replaces() const override { return true; }
 
   Tensor weight, bias;
 
@@ -47,6 +48,10 @@ Tensor WholeBias::forward(const Tensor& x, const models::LinearOp& base, const m
   return y + (bias_ - frozen_).to(y.scalar_type());
 }
 
+Tensor WholeBias::merged_bias(const Tensor& b) const {
+  return b + (bias_ - frozen_).to(b.scalar_type());
+}
+
 void WholeBias::initialize(const LinearSite& site, BaseWeights& base) {
   if (!site.info.has_bias) return;
   frozen_.copy_(base.bias(site));
@@ -63,8 +68,7 @@ void WholeTensors::fields(configs::Fields& f) {
 
 void WholeTensors::attach(AttachContext& context, const std::vector<const LinearSite*>& adapted) {
   if (!modules_to_save_.values.empty()) {
-    for (const LinearSite* site :
-         Targets{modules_to_save_}.resolve(context.slots, "modules_to_save")) {
+    for (const LinearSite* site : Targets{modules_to_save_}.resolve(context, "modules_to_save")) {
       for (const LinearSite* other : adapted) {
         GRAFT_CHECK(site != other, "peft: ", site->name,
                     " is both in target_modules and in modules_to_save");
@@ -75,7 +79,8 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
   const auto train_bias = [&](const LinearSite& site, bool is_adapted) {
     const bool is_whole = std::any_of(weights_.begin(), weights_.end(),
                                       [&](const Copy& copy) { return copy.site == &site; });
-    if (!site.info.has_bias || is_whole) return;
+    const bool is_classifiers = context.info.task != models::Task::kCausalLm && site.role == "head";
+    if (!site.info.has_bias || is_whole || is_classifiers) return;  // that head is trained whole
     biases_.push_back({&site, std::make_shared<WholeBias>(site, context.device)});
     attach_linear(context, site, biases_.back().adapter,
                   {{"bias", is_adapted ? "base_layer.bias" : "bias"}});

@@ -19,6 +19,7 @@ class WholeBias : public models::LinearAdapter {
   WholeBias(const LinearSite& site, at::Device device);
   void initialize(const LinearSite& site, BaseWeights& base);
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override;
+  Tensor merged_bias(const Tensor& b) const override;
 
  private:
   Tensor bias_, frozen_;

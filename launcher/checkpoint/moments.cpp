@@ -18,7 +18,14 @@ std::string state_file(const std::string& directory, int rank, int world) {
          ".safetensors";
 }
 
-std::string key_of(const StepRule::State& state, const peft::ParamSet& params) {
+/// The optimiser's, and what methods keep.
+std::vector<peft::ParamState> all_states(const peft::ParamSet& params, const StepRule& optimizer) {
+  std::vector<peft::ParamState> all = optimizer.states();
+  all.insert(all.end(), params.kept().begin(), params.kept().end());
+  return all;
+}
+
+std::string key_of(const peft::ParamState& state, const peft::ParamSet& params) {
   return state.name + "/" + params.all()[state.param].name + "/";
 }
 
@@ -37,7 +44,7 @@ void save_moments(const std::string& directory, int rank, int world, const peft:
   const int64_t total = begins.back(), share = (total + world - 1) / world;
   const int64_t begin = std::min(total, share * rank), end = std::min(total, begin + share);
   models::io::NamedTensors pieces;
-  for (const StepRule::State& state : optimizer.states()) {
+  for (const peft::ParamState& state : all_states(params, optimizer)) {
     const peft::Param& param = params.all()[state.param];
     const int64_t at = begins[state.param], size = begins[state.param + 1] - at;
     // An element goes with the first of those of the parameter that it stands for.
@@ -61,7 +68,7 @@ void load_moments(const std::string& directory, int world, const peft::ParamSet&
   };
   std::map<std::string, Row> rows;
   int64_t expected = 0, filled = 0;
-  for (const StepRule::State& state : optimizer.states()) {
+  for (const peft::ParamState& state : all_states(params, optimizer)) {
     const peft::Param& param = params.all()[state.param];
     expected += param.is_cut() ? param.numel() : state.value.numel();
     rows[key_of(state, params)] = {state.value.view(-1), first_of(param)};
@@ -87,7 +94,7 @@ void load_moments(const std::string& directory, int world, const peft::ParamSet&
     }
   }
   GRAFT_CHECK(filled == expected, ExitCode::kData, directory, ": holds ", filled,
-              " elements of the optimiser's state, expected ", expected);
+              " elements of the state of optimiser and methods, expected ", expected);
 }
 
 }  // namespace graft::launcher

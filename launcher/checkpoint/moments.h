@@ -1,5 +1,6 @@
-// The optimiser's state in a checkpoint: each rank writes an equal share of the replicated
-// elements, and what it owns of a thawed weight; any number of ranks reads what it needs.
+// The state of the optimiser, and what methods keep, in a checkpoint: each rank writes an equal
+// share of the replicated elements, and what it owns of a thawed weight; any number of ranks reads
+// what it needs.
 #pragma once
 
 #include <string>
@@ -10,7 +11,7 @@
 namespace graft::launcher {
 
 /// Writes state-RANK-of-WORLD.safetensors: what stands for elements [begin, end) of all parameters
-/// in one row, as pieces of the optimiser's tensors. Key: exp_avg/NAME/BEGIN, BEGIN the piece's
+/// in one row, as pieces of the state's tensors. Key: exp_avg/NAME/BEGIN, BEGIN the piece's
 /// first element in its tensor.
 void save_moments(const std::string& directory, int rank, int world, const peft::ParamSet& params,
                   const StepRule& optimizer);

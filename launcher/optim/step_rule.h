@@ -27,13 +27,7 @@ class StepRule {
     kDevice,
     kHost,  ///< paged: in the host's memory, and on the device while a parameter takes its step
   };
-  /// A tensor that a rule keeps of a parameter.
-  struct State {
-    std::string name;  ///< "exp_avg"
-    size_t param;      ///< in the ParamSet's order
-    Tensor value;
-    int64_t elements;  ///< of the parameter, that one element of `value` stands for
-  };
+  using State = peft::ParamState;
 
   virtual ~StepRule() = default;
 

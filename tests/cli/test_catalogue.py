@@ -62,6 +62,7 @@ def test_every_method_fits_a_family_and_is_counted_on_the_quickstarts_shape():
             continue
         assert on["model"].endswith("smollm2_135m.yaml") and on["base_parameters"] == 134_515_008, (name, on)
         assert (sheet["storage"] == "N") == (on["trained_parameters"] == 0), name
+        assert (sheet["storage"] == "P") == (name in {"fish_mask", "shira", "supertuning"}), name
 
 
 def test_a_method_counts_what_it_trains_on_a_model():

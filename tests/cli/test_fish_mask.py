@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 
-from graft_cli import (MODEL, Job, adapter, assert_same_run, graft, lanes, succeed, write_config)
+import h5py
+import numpy as np
+from graft_cli import (MODEL, Job, adapter, assert_same_run, graft, lanes, succeed, write_config, write_rows)
 from safetensors.torch import load_file
 
 FISH = 'peft=[{"method": "fish_mask", "keep": 0.02, "num_samples": 5}]'
@@ -23,6 +25,28 @@ def test_the_mask_is_the_same_on_any_ranks_and_survives_a_kill(long_run):
         assert job.wait().returncode == PREEMPTED
     succeed("train", path)
     assert_same_run(run, reference.parent / "run")
+
+
+def test_equal_documents_of_a_packed_row_count_one_by_one(tmp_path):
+    """Eight equal ones in a row are eight times one's square: the mask is that of the same documents a row each."""
+    write_rows(tmp_path / "rows.h5", [24, 24])
+    with h5py.File(tmp_path / "rows.h5", "r+") as file:
+        for name in "tokens", "loss_mask":
+            first, second = np.split(file[name][:], 2)
+            del file[name]
+            file[name] = np.concatenate([first[:3]] * 8 + [second[:3]])
+        del file["offsets"]
+        file["offsets"] = np.arange(10, dtype=np.uint64) * 3
+        file.attrs["num_samples"] = 9
+    chosen = []
+    for packing in "true", "false":
+        path = write_config(tmp_path / f"{packing}.yaml", tmp_path / "rows.h5", FISH.replace("5}", "9}"),
+                            f"data.packing={packing}", f'checkpoint.output_dir="{tmp_path / packing}"')
+        succeed("train", path)
+        tensors = load_file(tmp_path / packing / "adapter/adapter_model.safetensors")
+        chosen.append({key: value for key, value in tensors.items() if key.endswith("fish_places")})
+    assert chosen[0].keys() == chosen[1].keys()
+    assert all((chosen[0][key] == chosen[1][key]).all() for key in chosen[0])
 
 
 def test_what_is_trained_merges_and_starts_another_run(rows, tmp_path):

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from graft_cli import ORACLE, ROOT
+from graft_cli import ORACLE, ROOT, succeed, write_config
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from tiny_base import LORA, VOCABULARY, WIDTH, config, facts, factors, run, write_adapter, write_gguf, write_model
 
 sys.path.insert(0, str(ROOT / "tests/oracle"))
+import check_peft  # noqa: E402
 import peft_methods  # noqa: E402
 
 
@@ -204,3 +205,30 @@ def test_a_merge_that_fails_leaves_nothing(model, tmp_path):
     save_file({k: t * np.float32(1e30) for k, t in tensors.items()}, spoilt / "adapter_model.safetensors")
     assert "--dtype" in run("merge", "--model", model, "--adapter", spoilt, "--output", tmp_path / "out", code=7)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["huge", "model", "other"]
+
+
+@pytest.mark.parametrize("method", ["bitfit", "beft"])
+def test_biases_merge_into_those_that_the_base_has(tmp_path, method):
+    """transformers computes from the folder what the adapter does; its matrices are the base's, bit for bit."""
+    base, rows = ORACLE / "qwen2/model", ORACLE / "qwen2/rows.h5"
+    path = write_config(tmp_path / "run.yaml", rows, f'model.name_or_path="{base}"', 'model.quantization="none"',
+                        f'peft=[{{"method": "{method}", "target_modules": ["attn.q", "attn.v"]}}]')
+    succeed("train", path)
+    succeed("eval", path, "--logits", tmp_path / "logits.safetensors")
+    run("merge", "--model", base, "--adapter", tmp_path / "run/adapter", "--output", tmp_path / "out")
+    expected = load_torch(tmp_path / "logits.safetensors")
+    merged, before = check_peft.load_base(tmp_path / "out"), check_peft.load_base(base)
+    documents = check_peft.read_rows(rows)
+    for i, logits in enumerate(check_peft.logits_of(merged, documents)):
+        torch.testing.assert_close(logits, expected[f"row.{i}"], atol=1e-4, rtol=0)
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
+    assert changed == {f"model.layers.{i}.self_attn.{m}_proj.bias" for i in (0, 1) for m in "qv"}
+
+
+def test_a_bias_that_the_base_has_not_is_no_part_of_a_merged_model(tmp_path):
+    base, rows = ORACLE / "qwen2/model", ORACLE / "qwen2/rows.h5"
+    path = write_config(tmp_path / "run.yaml", rows, f'model.name_or_path="{base}"',
+                        'peft=[{"method": "bitfit", "target_modules": ["attn.q", "attn.o"]}]', "train.max_steps=1")
+    succeed("train", path)
+    said = run("merge", "--model", base, "--adapter", tmp_path / "run/adapter", "--output", tmp_path / "out", code=2)
+    assert "block.0.attn.o" in said

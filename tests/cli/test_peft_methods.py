@@ -5,6 +5,7 @@ in Graft, is tests/peft/peft_oracle_test.cpp."""
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import os
 import sys
@@ -20,9 +21,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 import check_peft  # noqa: E402
 import peft_methods  # noqa: E402
-from make_fixtures import copies_of  # noqa: E402
 
-BASE = ORACLE / "qwen2"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
 OUR_NAME = {"LN_TUNING": "layernorm_tuning"}  # where it is not PEFT's
 ELSEWHERE = {"progressbar", "use_dora", "total_step"}  # fields of PEFT's that are none here; dora is a method
@@ -60,7 +59,8 @@ def train(name, directory):
     entry = {"method": METHODS[name]}
     entry |= {key: value for key, value in case.fields.items() if key not in ELSEWHERE}
     entry |= vars(entry.pop("kasa_config", types.SimpleNamespace()))
-    path = write_config(directory / "run.yaml", BASE / "rows.h5", f'model.name_or_path="{BASE / "model"}"',
+    base = ORACLE / case.base
+    path = write_config(directory / "run.yaml", base / "rows.h5", f'model.name_or_path="{base / "model"}"',
                         'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
                         "train.max_steps=2", "train.gradient_accumulation_steps=1",
                         "train.per_device_train_batch_size=2", "train.learning_rate=0.03")
@@ -79,26 +79,28 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base():
-    """base() -> the model, a new one each time."""
+def fresh():
+    """fresh(folder): the model anew, with equal weights each time."""
     torch.set_num_threads(1)
-    return copies_of(BASE / "model")
+    load = functools.cache(lambda folder: peft_methods.copies_of(folder / "model"))
+    return lambda folder: load(folder)()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_peft_loads_what_graft_trained(name, runs, base):
+def test_peft_loads_what_graft_trained(name, runs, fresh):
     if name not in runs:
         pytest.skip(f"no method is PEFT's {METHODS[name]}")
     directory, run = runs[name]
+    base = ORACLE / peft_methods.CASES[name].base
     done = run.result()
     assert done.returncode == 0, done.stderr
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for remark in REMARKS:
             warnings.filterwarnings("ignore", message=remark)
-        model = peft.PeftModel.from_pretrained(base(), directory / "run/adapter").eval()
-    rows = check_peft.read_rows(BASE / "rows.h5")
-    theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(base(), rows)
+        model = peft.PeftModel.from_pretrained(fresh(base), directory / "run/adapter").eval()
+    rows = check_peft.read_rows(base / "rows.h5")
+    theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(fresh(base), rows)
     saved = load_file(directory / "logits.safetensors")
     ours = [saved[f"row.{i}"] for i in range(len(rows))]
     size = max(logits.abs().max().item() for logits in theirs)

@@ -66,6 +66,22 @@ def test_a_run_goes_on_with_the_same_file_on_other_rank_counts_to_the_same_bits(
     assert_same_run(run, reference)
 
 
+@pytest.mark.parametrize("held", [
+    ['"method": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"'],
+    ['"method": "full"', 'model.quantization="none"', "train.learning_rate=1e-3"]])
+def test_l2_sp_goes_on_around_the_start_it_had(long_run, held):
+    method, *others = held
+    overrides = [f'peft=[{{{method}}}, {{"method": "l2_sp", "alpha": 50}}]', *others]
+    alone = long_run(*overrides, folder="alone")
+    succeed("train", alone)
+    path = long_run(*overrides)
+    with Job("train", path) as job:
+        assert job.wait_for_step(path.parent / "run", 6)
+        job.kill_ranks()
+    assert "resumed from" in succeed("train", path, ranks=2).stderr
+    assert_same_run(path.parent / "run", alone.parent / "run")
+
+
 # --- damage ------------------------------------------------------------------------------------------------------
 
 def remove_manifest(checkpoint):

@@ -10,7 +10,8 @@ DIR/<name>/oracle.safetensors   logits        float32 [2, 24, V]
                                 start.<key>                         how PEFT begins: the tensors that no global seed changes
                                 after.<key>                         STEPPED: trained by STEPS steps of AdamW from the file
 peft_methods_nf4/<name>/: the same of NF4 over a base whose linear layers went through bitsandbytes' NF4 and back.
-The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v); rows and labels are its rows_and_labels().
+The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v), or the folder beside it that a case names;
+rows and labels are its rows_and_labels().
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
 Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
@@ -23,6 +24,7 @@ LORA use_qalora         only on bases of GPTQ; velora and monteclora change trai
 """
 
 import argparse
+import functools
 import pathlib
 import shutil
 import sys
@@ -47,10 +49,10 @@ PATTERN = {"v_proj": 3}
 class Case:
     """fields: of the type's config. scale: of what is added to the start; a number, or by a part of the key."""
 
-    def __init__(self, config, scale=0.1, **fields):
+    def __init__(self, config, scale=0.1, base="qwen2", **fields):
         if "target_modules" not in fields:
             fields["target_modules"] = TARGETS
-        self.config, self.scale, self.fields = config, scale, fields
+        self.config, self.scale, self.base, self.fields = config, scale, base, fields
 
     def scale_of(self, key):
         if not isinstance(self.scale, dict):
@@ -172,6 +174,8 @@ CASES = {
     "beft": Case(peft.BeftConfig, target_modules=["v_proj", "q_proj"]),
     "ln_tuning": Case(peft.LNTuningConfig, target_modules=NORMS),
     "trainable_tokens": Case(peft.TrainableTokensConfig, token_indices=[11, 48], target_modules=["embed_tokens"]),
+    "trainable_tokens_tied": Case(peft.TrainableTokensConfig, token_indices=[11, 48], target_modules=["embed_tokens"],
+                                  base="llama_tied"),
 }
 
 
@@ -312,11 +316,12 @@ def write(model_directory, output, names=()):
         shutil.rmtree(nf4, ignore_errors=True)
     torch.set_num_threads(1)
     prepare_peft()
-    base = copies_of(model_directory)
+    of_folder = functools.cache(lambda name: copies_of(model_directory.parent.parent / name / "model"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on models without a name
         for name in names or CASES:
-            write_case(base, CASES[name], output / name, name in STEPPED)
+            write_case(of_folder(CASES[name].base), CASES[name], output / name, name in STEPPED)
+        base = of_folder("qwen2")
         for name in [name for name in NF4 if not names or name in names]:
             write_case(lambda: through_nf4(base()), CASES[name], nf4 / name, steps=False)
 

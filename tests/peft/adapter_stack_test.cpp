@@ -173,5 +173,65 @@ TEST_F(AdapterStack, AMethodThatNeedsTheMatrixIsRefusedOnOneThatHasNone) {
   EXPECT_NO_THROW(other.adapters.attach(entries));
 }
 
+struct Dead {
+  std::string below, below_fields, above, above_fields, slot;
+};
+
+TEST_F(AdapterStack, WhatWouldDoNothingBelowAnotherIsRefusedWithBothNames) {
+  const std::string tokens = "{token_indices: [11, 48]}";
+  const std::vector<Dead> table = {
+      {"lora", "target_modules: attn.q", "lora",
+       "{target_modules: attn.v, modules_to_save: attn.q}", "block.0.attn.q"},
+      {"lora", "target_modules: head", "linear_probe", "{}", "head"},
+      {"layernorm_tuning", "{}", "layernorm_tuning", "{}", "block.0.attn_norm"},
+      {"trainable_tokens", tokens, "trainable_tokens", tokens, "embed"},
+  };
+  for (const Dead& row : table) {
+    SCOPED_TRACE(row.above + " over " + row.below);
+    const auto said = [&](const std::string& above, const std::string& below) {
+      return "peft: " + above + " takes the place of " + row.slot + ", and " + below +
+             " below it would do nothing there";
+    };
+    Tiny trained("llama");
+    trained.attach(row.below, make(row.below, row.below_fields));
+    trained.attach(row.above, make(row.above, row.above_fields));
+    expect_refused([&] { trained.load(); }, said(row.above, row.below), ExitCode::kUsage);
+
+    const std::string below = saved("below", row.below, row.below_fields);
+    const std::string above = saved("above", row.above, row.above_fields);
+    Tiny over_frozen("llama");
+    over_frozen.adapters.attach_frozen(below);
+    over_frozen.attach(row.above, make(row.above, row.above_fields));
+    expect_refused([&] { over_frozen.load(); }, said(row.above, row.below + " (" + below + ")"),
+                   ExitCode::kUsage);
+
+    Tiny frozen("llama");
+    frozen.adapters.attach_frozen(below), frozen.adapters.attach_frozen(above);
+    expect_refused([&] { frozen.load(); },
+                   said(row.above + " (" + above + ")", row.below + " (" + below + ")"),
+                   ExitCode::kUsage);
+    Tiny one("llama");  // never both at once
+    one.adapters.attach_frozen(below, 1, "b"), one.adapters.attach_frozen(above, 1, "a");
+    one.adapters.activate({"a"});
+    EXPECT_NO_THROW(one.load());
+  }
+}
+
+TEST_F(AdapterStack, WhatStandsOnAWholeMatrixComposes) {
+  Tiny tiny("llama");
+  tiny.attach("lora", make("lora", "{target_modules: attn.v, modules_to_save: attn.q}"));
+  tiny.attach("lora", make("lora", "target_modules: attn.q"));
+  tiny.load();
+  for (const Tensor& gradient : tiny.sweep({make_lane(0)}, 1).gradients)
+    EXPECT_TRUE(gradient.defined());
+}
+
+TEST_F(AdapterStack, AnAdapterOnAClassifiersHeadIsRefused) {
+  Tiny tiny("llama_tokens");
+  tiny.attach("lora", make("lora", "target_modules: [attn.q, head]"));
+  expect_refused([&] { tiny.load(); }, "lora takes the place of head, and lora below it",
+                 ExitCode::kUsage);
+}
+
 }  // namespace
 }  // namespace graft::peft

@@ -137,7 +137,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"beft", "{target_modules: all-linear, init_weights: false}"},
     {"freeze_layers", "{num_layers: 0, final_norm: true, head: true}"},
     {"freeze_layers", "{num_layers: 2, embeddings: true}"},
-    {"bitfit", "{target_modules: [attn.q, mlp.up], modules_to_save: head}"},
+    {"bitfit", "{target_modules: [attn.q, mlp.up], modules_to_save: [attn.v, head]}"},
     {"bottleneck",
      "{sites: [block], reduction_factor: 6, non_linearity: gelu, scaling: 2, learn_scaling: true,"
      " init_weights: bert}"},
@@ -192,8 +192,11 @@ std::vector<Case> cases() {
   }
   // A classifier's head comes beside any method: one that puts modules into the model, a prompt,
   // ...
-  for (const char* method : {"lora", "bottleneck", "p_tuning_v2", "linear_probe"})
+  for (const char* method : {"lora", "bottleneck", "p_tuning_v2", "linear_probe", "bitfit"})
     all.push_back({method, "llama_tokens", defaults(method)});
+  // ... and with its bias, beside those that train biases.
+  all.push_back({"lora", "llama_tokens", "{bias: all}"});
+  all.push_back({"bitfit", "llama_tokens", "{target_modules: [all-linear, head]}"});
   return all;
 }
 
@@ -313,6 +316,20 @@ TEST_P(Contract, SavedAndLoadedItGoesOnBitForBit) {
   second->optimizer->set_num_steps(first->optimizer->num_steps());
   for (int i = 0; i < 2; ++i) EXPECT_EQ(second->step(kLanes, 2), first->step(kLanes, 2));
   EXPECT_EQ(second->adapters.params().hash(), first->adapters.params().hash());
+}
+
+TEST_P(Contract, SavedAndFrozenItComputesTheSame) {
+  if (GetParam().model != "llama_tokens" && GetParam().method != "bitfit")
+    GTEST_SKIP() << "its file has no whole module beside biases of others";
+  const TestFolder folder;
+  const auto trained = make();
+  for (int i = 0; i < 2; ++i) trained->step(kLanes, 2);
+  trained->save(folder.path());
+  Tiny frozen(GetParam().model.c_str());
+  frozen.adapters.attach_frozen(folder.path());
+  frozen.load();
+  const data::Batch& batch = kLanes[0].batch;
+  EXPECT_TRUE(at::equal(frozen.logits(batch), trained->logits(batch)));
 }
 
 TEST_P(Contract, MergedWeightsComputeTheSame) {

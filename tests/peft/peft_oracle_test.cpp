@@ -103,7 +103,9 @@ class PeftOracle : public testing::TestWithParam<std::string> {
   std::string directory = directory_of(GetParam());
   std::string type = config_of(directory)["peft_type"];
   SafetensorsFile oracle{directory + "/oracle.safetensors"};
-  Tiny tiny{models::read_base_config(oracle_root() + "/qwen2/model")};
+  Tiny tiny{models::read_base_config(oracle_root() + (GetParam().ends_with("tokens_tied")
+                                                          ? "/llama_tied/model"
+                                                          : "/qwen2/model"))};
 };
 
 TEST_P(PeftOracle, TrainedFromItsFilesHasPeftsLossLogitsAndGradients) {
@@ -225,6 +227,28 @@ TEST_P(PeftOracle, WhatItIsSavedAsIsPeftsOwnFile) {
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(PeftOracle);
 INSTANTIATE_TEST_SUITE_P(Directories, PeftOracle, testing::ValuesIn(adapter_names()),
                          [](const auto& info) { return info.param; });
+
+// As `graft merge` does once a tied table has changed: head and embedding are then two.
+TEST(PeftOracleTied, TrainedRowsMergeIntoBothTables) {
+  if (oracle_root().empty()) GTEST_SKIP() << "GRAFT_ORACLE_DIR is not set";
+  const std::string directory = directory_of("trainable_tokens_tied");
+  nlohmann::json config = models::read_base_config(oracle_root() + "/llama_tied/model");
+  Tiny tiny(config);
+  tiny.attach("", nullptr, directory);
+  tiny.load(dense());
+  config["tie_word_embeddings"] = false;
+  Tiny merged(config);
+  merged.load(dense(), nullptr, [&](const std::string& name, const Tensor& w) {
+    const bool is_head = name == "lm_head.weight";
+    if (!is_head && name != "model.embed_tokens.weight") return w;
+    const at::NoGradGuard no_grad;
+    const LinearSite& site = *tiny.adapters.slots().find_linear(is_head ? "head" : "embed");
+    return site.slot->adapters().front()->merged(fill("model.embed_tokens.weight", w.sizes(), 1));
+  });
+  const SafetensorsFile rows(oracle_root() + "/qwen2/oracle.safetensors");
+  expect_equal(merged.logits(make_batch(rows.read("input_ids"), rows.read("labels"))),
+               SafetensorsFile(directory + "/oracle.safetensors").read("logits"), "logits");
+}
 
 TEST(PeftOracleSum, OfWeightedAdaptersIsThatOfPeft) {
   if (oracle_root().empty()) GTEST_SKIP() << "GRAFT_ORACLE_DIR is not set";

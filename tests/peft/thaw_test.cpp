@@ -1,7 +1,9 @@
 // Storage class S: weights of the base trained where they lie, cut over the ranks. The oracle is
 // transformers' own full fine-tuning (tests/oracle/make_fixtures.py).
+#include <c10/core/Allocator.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 
@@ -61,6 +63,54 @@ TEST(FreezeLayers, OfAllLayersIsFullFineTuningStepForStep) {
       EXPECT_EQ(frozen->step(lanes(0, 2), 2), full->step(lanes(0, 2), 2)) << "tied: " << tied;
     expect_same(frozen->saved_tensors(), full->saved_tensors());
   }
+}
+
+TEST(FreezeLayers, OfTheHeadAloneIsTheLinearProbe) {
+  const auto frozen = Thawed{"freeze_layers", "{num_layers: 0, head: true}", false}.make();
+  const auto probe = Thawed{"linear_probe", "{}", false}.make();
+  for (int i = 0; i < 3; ++i)
+    EXPECT_NEAR(frozen->step(lanes(0, 2), 2), probe->step(lanes(0, 2), 2), 1e-6);
+  EXPECT_LT(
+      relative_error(frozen->saved_tensors().front().second, probe->saved_tensors().front().second),
+      1e-6);
+}
+
+/// Counts what this thread allocates and frees while it lives.
+class Allocated : public c10::MemoryReportingInfoBase {
+ public:
+  void reportMemoryUsage(void*, int64_t bytes, size_t, size_t, c10::Device) override {
+    now += bytes;
+    most = std::max(most, now);
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+  int64_t now = 0, most = 0;
+};
+
+/// The most bytes that are live at once in a sweep.
+int64_t peak_of_sweep(int layers, const std::string& fields) {
+  Tiny tiny(tiny_llama(layers, false));
+  std::shared_ptr<Method> method = methods().make("freeze_layers");
+  read_fields(*method, fields);
+  tiny.attach("freeze_layers", method);
+  tiny.load(options_of(models::Quantization::kNone, at::kFloat));
+  const auto comm = dist::make_single_comm();
+  launcher::Gradients sink(tiny.adapters.params(), tiny.model->num_stages(), 1,
+                           launcher::Reduction::kTree, comm.get());
+  models::TrunkOptions options;
+  options.lowest_trained = tiny.adapters.params().lowest_stage();
+  std::vector<models::Lane> lane = lanes(0, 1);
+  const auto allocated = std::make_shared<Allocated>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, allocated);
+  tiny.trunk->sweep(lane, sink, options);
+  return allocated->most;
+}
+
+TEST(FreezeLayers, PeakOfActivationsIsFlatInTheNumberOfFrozenLayers) {
+  const int64_t four = peak_of_sweep(4, "{num_layers: 1}"),
+                eight = peak_of_sweep(8, "{num_layers: 1}");
+  EXPECT_GT(four, 0);
+  EXPECT_EQ(eight, four);
+  EXPECT_GT(peak_of_sweep(8, "{num_layers: 8}"), eight);
 }
 
 TEST(FreezeLayers, OnlyTheTopBlocksHaveGradients) {
@@ -159,6 +209,24 @@ TEST(Thaw, NothingIsGatheredBelowTheLowestTrainedBlock) {
     // Two buffers: blocks 3 and 2 are still there on the way down, 1 is gathered again.
     const int64_t all = gathered("{num_layers: 3}"), top = gathered("{num_layers: 1}");
     EXPECT_EQ(all - top, block);
+  });
+}
+
+TEST(LinearProbe, OnlyTheHeadsStageRunsBackward) {
+  dist::run_virtual_ranks(2, [](dist::Comm& comm) {
+    const auto tiny = Thawed{"linear_probe", "{}", false}.make(&comm);
+    EXPECT_EQ(tiny->adapters.params().lowest_stage(), tiny->model->num_stages() - 1);
+    const auto gathered = [&](const auto& pass) {
+      const int64_t before = comm.bytes(dist::Traffic::kGathered);
+      pass();
+      return comm.bytes(dist::Traffic::kGathered) - before;
+    };
+    const auto mine = lanes(comm.rank(), comm.rank() + 1);
+    const auto step = [&] { tiny->step(mine, 2); };
+    const auto forward = [&] { tiny->logits(mine.front().batch); };
+    step();
+    EXPECT_EQ(gathered(step), gathered(forward));
+    EXPECT_GT(gathered(forward), 0);
   });
 }
 

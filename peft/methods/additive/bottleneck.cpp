@@ -59,7 +59,9 @@ class BottleneckAdapter : public models::SublayerAdapter {
                     at::Device device)
       : config_(c), layer_(layer) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
-    const auto inner = std::max(static_cast<int64_t>(std::floor(width / c.reduction_factor)), 1L);
+    const auto inner = static_cast<int64_t>(static_cast<double>(width) / c.reduction_factor);
+    GRAFT_CHECK(inner >= 1, "peft: bottleneck: reduction_factor = ", c.reduction_factor,
+                ", at most the model's width ", width);
     const Tensor down = at::empty({inner, width}, options), up = at::zeros({width, inner}, options);
     if (c.init_weights == "bert") {
       kernels::normal(down, random);
@@ -109,6 +111,7 @@ class Bottleneck : public Method {
   void fields(configs::Fields& f) override { config_.fields(f); }
   bool starts_as_base() const override { return config_.init_weights == "lora"; }
   void attach(AttachContext& context) override {
+    check_slots(context, context.slots.sublayers.size(), "sublayers");
     const auto holds = [](const auto& list, const auto& value) {
       return std::find(list.begin(), list.end(), value) != list.end();
     };

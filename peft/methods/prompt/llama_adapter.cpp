@@ -94,7 +94,7 @@ class LlamaAdapter : public Method {
   void fields(configs::Fields& f) override { config_.fields(f); }
   void attach(AttachContext& context) override {
     const auto& cores = context.slots.attentions;
-    GRAFT_CHECK(!cores.empty(), "peft: llama_adapter: this model has no attention to adapt");
+    check_slots(context, cores.size(), "attention");
     const int count = config_.adapter_layers.value_or(static_cast<int>(cores.size()));
     GRAFT_CHECK(count <= static_cast<int>(cores.size()),
                 "peft: llama_adapter: adapter_layers = ", count, ", but this model has ",

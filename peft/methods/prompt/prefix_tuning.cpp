@@ -76,7 +76,7 @@ class PrefixTuning : public Method {
   bool starts_as_base() const override { return false; }
   void attach(AttachContext& context) override {
     const auto& cores = context.slots.attentions;
-    GRAFT_CHECK(!cores.empty(), "peft: prefix_tuning: this model has no attention");
+    check_slots(context, cores.size(), "attention");
     base_ = PromptBase::of(context);
     for (const LinearSite& site : context.slots.linears) {
       if (site.role == "attn.k") base_.token_dim = site.info.out;

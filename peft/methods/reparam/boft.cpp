@@ -54,10 +54,17 @@ struct BoftConfig {
     const int64_t longest = k << (boft_n_butterfly_factor - 1);
     GRAFT_CHECK(k > 1 && n % longest == 0 && (boft_block_num == 0 || k * boft_block_num == n),
                 "peft: boft: ", site.name, " has ", n, " ", rotate, ": blocks of ", k, " with ",
-                boft_n_butterfly_factor, " factors need a multiple of ", longest);
+                boft_n_butterfly_factor, " factors need a multiple of ", longest, "; ", sizes(n));
     GRAFT_CHECK(boft_n_butterfly_factor == 1 || k % 2 == 0, "peft: boft: ", site.name,
-                ": several factors need blocks of an even size, not ", k);
+                ": several factors need blocks of an even size, not ", k, "; ", sizes(n));
     return k;
+  }
+  /// What would do for `n` elements.
+  std::string sizes(int64_t n) const {
+    const int64_t runs = int64_t{1} << (boft_n_butterfly_factor - 1);
+    if (n % (runs > 1 ? 2 * runs : 1) != 0)
+      return "no size is one, take a smaller boft_n_butterfly_factor";
+    return (runs > 1 ? "take an even one of " : "take one of ") + divisors_of(n / runs);
   }
 };
 

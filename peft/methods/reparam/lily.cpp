@@ -68,8 +68,7 @@ class LilyLinear : public models::LinearAdapter {
 class Lily : public LinearMethod<LilyConfig, LilyLinear> {
  public:
   void attach(AttachContext& context) override {
-    if (entries_.is_null())
-      entries_ = hf_targets(config_.targets.resolve(context.slots), context.slots);
+    if (entries_.is_null()) entries_ = hf_targets(config_.targets.resolve(context), context.slots);
     LinearMethod::attach(context);
   }
   nlohmann::json to_peft_config(const SlotMap& slots) const override {

@@ -89,6 +89,7 @@ class Lorand : public Method {
   void fields(configs::Fields& f) override { config_.fields(f); }
   bool starts_as_base() const override { return false; }
   void attach(AttachContext& context) override {
+    check_slots(context, context.slots.sublayers.size(), "sublayers");
     const size_t before = context.params.all().size();
     for (const auto& site : context.slots.sublayers) {
       if (std::find(config_.sites.begin(), config_.sites.end(), site.role) == config_.sites.end())

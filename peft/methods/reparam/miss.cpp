@@ -46,10 +46,10 @@ class MissLinear : public models::LinearAdapter {
     const bool mini = c.init_weights == "mini";
     GRAFT_CHECK(r_ <= in_, "peft: ", site.name, ": r = ", r_, ", at most ", in_, " inputs");
     GRAFT_CHECK(!bat_ || (in_ % r_ == 0 && out_ % r_ == 0), "peft: ", site.name, ": r = ", r_,
-                " does not divide [", out_, ", ", in_, "]; init_weights bat needs a divisor of ",
-                std::gcd(in_, out_));
+                " does not divide [", out_, ", ", in_, "]; init_weights bat needs one of ",
+                divisors_of(std::gcd(in_, out_)));
     GRAFT_CHECK(!mini || out_ % c.mini_r == 0, "peft: ", site.name, ": mini_r = ", c.mini_r,
-                " does not divide ", out_);
+                " does not divide the ", out_, " outputs; take one of ", divisors_of(out_));
     std::vector<int64_t> shape = {r_, mini ? c.mini_r : out_};
     if (bat_) shape = {out_ / r_, r_, r_};
     Tensor block = draw_kaiming(shape, random, device);

@@ -32,6 +32,7 @@ struct ShiraConfig {
 
 class ShiraLinear : public SparseLinear {
  public:
+  static constexpr bool kIsSparse = true;
   ShiraLinear(const ShiraConfig& c, const LinearSite& site, kernels::Key random, at::Device device)
       : SparseLinear(site.name, "shira_indices", site.info.out, site.info.in) {
     const int64_t n = c.r * (in_ + out_);

@@ -43,6 +43,7 @@ struct SupertuningConfig {
 
 class SupertuningLinear : public models::LinearAdapter {
  public:
+  static constexpr bool kIsSparse = true;
   SupertuningLinear(const SupertuningConfig& c, const LinearSite& site, kernels::Key random,
                     at::Device device)
       : in_(site.info.in), out_(site.info.out), dropout_(c.lora_dropout), random_(random) {

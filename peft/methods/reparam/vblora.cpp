@@ -69,7 +69,7 @@ class VbloraLinear : public models::LinearAdapter {
     const int64_t length = c.vector_length, in = site.info.in, out = site.info.out;
     GRAFT_CHECK(in % length == 0 && out % length == 0, "peft: vblora: ", site.name, " has ", in,
                 " inputs and ", out, " outputs; vector_length = ", length,
-                " does not divide both, their common divisor ", std::gcd(in, out), " would");
+                " does not divide both; take one of ", divisors_of(std::gcd(in, out)));
     const auto add = [&](const std::string& side, int64_t rows, int64_t columns, int number) {
       const auto options = at::TensorOptions().device(device);
       VbloraMixture mixture;

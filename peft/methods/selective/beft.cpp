@@ -1,8 +1,8 @@
 // BEFT: y = W x + b + d.               Huang et al. 2025, arXiv:2509.15974
 // Trains d [1, out] beside the frozen bias, if there is one; zeros: the model is unchanged at step
-// 0. Not mergeable into a matrix. Fields and files are those of HF PEFT's BeftConfig. The paper
-// compares the biases of queries, keys and values and finds the last the most effective: those are
-// the default.
+// 0. Merged exactly where the base has a bias to add d to. Fields and files are those of HF PEFT's
+// BeftConfig. The paper compares the biases of queries, keys and values and finds the last the most
+// effective: those are the default.
 #include <ATen/ATen.h>
 
 #include "kernels/random/random.h"
@@ -34,6 +34,9 @@ class BeftLinear : public models::LinearAdapter {
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass&) override {
     const Tensor y = base(x);
     return (y + d_.view({-1})).to(y.scalar_type());  // summed in float32, as PEFT does
+  }
+  Tensor merged_bias(const Tensor& b) const override {
+    return b + d_.view({-1}).to(b.scalar_type());
   }
 
  private:

@@ -1,9 +1,10 @@
-// BitFit: y = W x + b, b trained.             Ben Zaken, Goldberg and Ravfogel 2021,
-// arXiv:2106.10199 Trains b [out] of each linear named, a copy of the base's, zeros where it has
-// none: the model is unchanged at step 0. Not mergeable into a matrix. The paper trains every bias
-// (norms here have none) and the head, which modules_to_save adds, and favours those of queries and
-// of the first layer of the MLP (target_modules: [attn.q, mlp.up]). Llama has no biases at all, so
-// all of them are new. HF PEFT has no such method; BEFT (beft) adds a bias beside the frozen one.
+// BitFit: y = W x + b, b trained.   Ben Zaken, Goldberg and Ravfogel 2021, arXiv:2106.10199
+// Trains b [out] of each linear named, a copy of the base's, zeros where it has none: the model is
+// unchanged at step 0. Merged exactly where the base has a bias to write b into; llama has none at
+// all, so all of them are new there. The paper trains every bias (norms here have none) and the
+// head, which modules_to_save adds (a classifier's is trained anyway, with its bias), and favours
+// those of queries and of the first layer of the MLP (target_modules: [attn.q, mlp.up]). HF PEFT
+// has no such method; BEFT (beft) adds a bias beside the frozen one.
 #include <ATen/ATen.h>
 
 #include "peft/linear_method.h"
@@ -33,7 +34,12 @@ class BitfitBias : public WholeBias {
 class Bitfit : public LinearMethod<BitfitConfig, BitfitBias> {
  public:
   void attach(AttachContext& context) override {
-    sites_ = config_.targets.resolve(context.slots);
+    sites_ = config_.targets.resolve(context);
+    if (context.info.task != models::Task::kCausalLm) {
+      std::erase_if(sites_, [](const LinearSite* site) { return site->role == "head"; });
+      GRAFT_CHECK(!sites_.empty(), "peft: bitfit: a classifier's head is trained whole, with its ",
+                  "bias; name other target_modules, or use linear_probe");
+    }
     if (config_.only_existing) {
       std::erase_if(sites_, [](const LinearSite* site) { return !site->info.has_bias; });
       GRAFT_CHECK(!sites_.empty(),

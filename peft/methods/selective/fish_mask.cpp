@@ -1,12 +1,15 @@
 // FISH Mask: y = (W + S) x, S sparse where the Fisher information is largest.
 //   Sung, Nair and Raffel 2021, arXiv:2111.09839
 // F = sum over the first num_samples documents of (d log p / d W)^2, a document at a time and
-// squared before anything is added up (the true labels: the empirical Fisher). The keep share of
-// all values with the largest F is trained, over all adapted matrices together; among equals the
-// first. S is zero at the start. In a quantised base the gradient is that of the matrix it stands
-// for. The paper lets biases, norms and embeddings compete too; here the linear matrices do.
-// Mergeable; nothing off the mask moves, weight decay included. No HF PEFT type; with that mask it
-// is PEFT's SHiRA.
+// squared before anything is added up, with the true labels: the empirical Fisher, which is what
+// the paper trains with. Its other choice, an expectation over labels that the model itself draws,
+// takes a backward pass for each of V tokens of every position, or noise; it is not here. Nor is
+// Child-Tuning D (arXiv:2109.05687), which squares the gradient of a batch, so that its mask
+// depends on how documents are grouped. The keep share of all values with the largest F is trained,
+// over all adapted matrices together; among equals the first. S is zero at the start. In a
+// quantised base the gradient is that of the matrix it stands for. The paper lets biases, norms and
+// embeddings compete too; here the linear matrices do. Mergeable; nothing off the mask moves,
+// weight decay included. No HF PEFT type; with that mask it is PEFT's SHiRA.
 #include <ATen/ATen.h>
 
 #include <map>
@@ -37,6 +40,7 @@ struct FishMaskConfig {
 
 class FishMaskLinear : public SparseLinear {
  public:
+  static constexpr bool kIsSparse = true;
   FishMaskLinear(const FishMaskConfig& c, const LinearSite& site, kernels::Key, at::Device device)
       : SparseLinear(site.name, "fish_places", site.info.out, site.info.in) {
     const auto options = at::TensorOptions().device(device);

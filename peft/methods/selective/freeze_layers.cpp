@@ -22,6 +22,7 @@ class FreezeLayers : public Method {
   }
 
   void attach(AttachContext& context) override {
+    check_slots(context, context.slots.weights.size(), "tensors of the base");
     const int64_t layers = context.info.num_layers;
     const int64_t top = num_layers_.value ? *num_layers_.value : std::max<int64_t>(1, layers / 4);
     GRAFT_CHECK(top <= layers, "peft: freeze_layers: num_layers = ", top, ", the model has ",

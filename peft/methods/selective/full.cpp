@@ -14,7 +14,7 @@ class Full : public Method {
  public:
   void fields(configs::Fields&) override {}
   void attach(AttachContext& context) override {
-    GRAFT_CHECK(!context.slots.weights.empty(), "peft: full: this model has no tensor to train");
+    check_slots(context, context.slots.weights.size(), "tensors of the base");
     for (const WeightSite& site : context.slots.weights) thaw(context, site);
   }
   void from_peft_config(const SavedAdapter&) override {}

@@ -35,6 +35,7 @@ class LayernormTuningGain : public models::LinearAdapter {
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override { return gain_.to(w.scalar_type()); }
+  bool replaces() const override { return true; }
 
  private:
   Tensor gain_;

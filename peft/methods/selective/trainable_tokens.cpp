@@ -78,6 +78,7 @@ class TrainableTokensTable : public models::LinearAdapter {
     return at::where(place.lt(tokens_.size(0)).unsqueeze(-1), mine.to(y.scalar_type()), y);
   }
   bool mergeable() const override { return true; }
+  bool replaces() const override { return true; }  // its rows
   Tensor merged(const Tensor& w) const override {
     return w.index_copy(0, tokens_, rows_.to(w.scalar_type()));
   }
