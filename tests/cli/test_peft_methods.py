@@ -1,5 +1,5 @@
 """Every method that HF PEFT has: what the program trains from the method's own start, PEFT loads without a word and
-computes the same logits with. The fields are those of tests/oracle/peft_methods.py; the other direction, PEFT's files
+computes the same logits with. The fields are those of tests/oracle/peft_methods.py and peft_prompts.py; the other direction, PEFT's files
 in Graft, is tests/peft/peft_oracle_test.cpp."""
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 import check_peft  # noqa: E402
 import peft_methods  # noqa: E402
+import peft_prompts  # noqa: E402
 from make_fixtures import copies_of  # noqa: E402
 
-BASE = ORACLE / "qwen2"
+ROWS = ORACLE / "qwen2/rows.h5"
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
-OUR_NAME = {"LN_TUNING": "layernorm_tuning"}  # where it is not PEFT's
+OUR_NAME = {"LN_TUNING": "layernorm_tuning", "ADAPTION_PROMPT": "llama_adapter"}  # where it is not PEFT's
 ELSEWHERE = {"progressbar", "use_dora", "total_step", "num_subspaces"}  # fields of PEFT's that are none here; dora is a method
 # What PEFT says of itself, not of the files.
 REMARKS = ["Unsupported layer type '<class 'transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm'>'",  # of LN_TUNING
@@ -44,19 +45,23 @@ def method_of(case):
     return OUR_NAME.get(peft_type, peft_type.lower())
 
 
-METHODS = {name: method_of(case) for name, case in peft_methods.CASES.items()}
+ALL = peft_methods.CASES | peft_prompts.CASES
+METHODS = {name: method_of(case) for name, case in ALL.items()}
 FIRST = {method: name for name, method in reversed(METHODS.items())}
 # One case of each method, and those whose file leaves to PEFT what matrices there are or how large they are.
-CASES = [name for name, method in METHODS.items() if name == FIRST[method]
+CASES = [name for name, method in METHODS.items() if name == FIRST[method] or name in peft_prompts.CASES
          or name.endswith(("patterns", "pattern", "no_projections", "indices", "lowest", "tied", "share"))]
+
+
+def base_of(name):
+    return ORACLE / peft_prompts.base_of(name) / "model"
 
 
 def train(name, directory):
     """Two steps from the method's own start, and the logits; the first command that fails, or the last."""
-    case = peft_methods.CASES[name]
     entry = {"method": METHODS[name]}
-    entry |= {key: value for key, value in case.fields.items() if key not in ELSEWHERE}
-    path = write_config(directory / "run.yaml", BASE / "rows.h5", f'model.name_or_path="{BASE / "model"}"',
+    entry |= {key: value for key, value in ALL[name].fields.items() if key not in ELSEWHERE and value != "self_attn"}
+    path = write_config(directory / "run.yaml", ROWS, f'model.name_or_path="{base_of(name)}"',
                         'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
                         "train.max_steps=2", "train.gradient_accumulation_steps=1",
                         "train.per_device_train_batch_size=2", "train.learning_rate=0.03")
@@ -74,17 +79,12 @@ def runs(tmp_path_factory):
         yield dict(zip(names, zip(directories, [pool.submit(train, *run) for run in zip(names, directories)])))
 
 
-@pytest.fixture(scope="module")
-def base():
-    """base() -> the model, a new one each time."""
-    torch.set_num_threads(1)
-    return copies_of(BASE / "model")
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_peft_loads_what_graft_trained(name, runs, base):
+def test_peft_loads_what_graft_trained(name, runs):
     if name not in runs:
         pytest.skip(f"no method is PEFT's {METHODS[name]}")
+    torch.set_num_threads(1)
+    base = copies_of(base_of(name))
     directory, run = runs[name]
     done = run.result()
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_peft_loads_what_graft_trained(name, runs, base):
         for remark in REMARKS:
             warnings.filterwarnings("ignore", message=remark)
         model = peft.PeftModel.from_pretrained(base(), directory / "run/adapter").eval()
-    rows = check_peft.read_rows(BASE / "rows.h5")
+    rows = check_peft.read_rows(ROWS)
     theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(base(), rows)
     saved = load_file(directory / "logits.safetensors")
     ours = [saved[f"row.{i}"] for i in range(len(rows))]
