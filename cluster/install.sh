@@ -145,15 +145,28 @@ install_set() {  # install_set TITLE FILE [pip option...]: what FILE pins and th
   ((${#missing[@]} == 0)) || step "$1" pip_install "${@:3}" "${missing[@]}"
 }
 
+install_adapters() {  # in a folder of its own, which tests/oracle/make_fixtures.py puts in front of the path
+  local folder=.venv/adapters pins
+  mapfile -t pins < <(grep -hoE '^[A-Za-z0-9_.-]+==[^ ;#]+' "$1")
+  [[ -f $folder/installed && $(<"$folder/installed") == "${pins[*]}" ]] && return
+  rm -rf "$folder"
+  step "AdapterHub's adapters, with its transformers" pip_install --no-deps --target "$folder" "${pins[@]}"
+  echo "${pins[*]}" >"$folder/installed"
+}
+
 python_packages() {
-  local run_set=cluster/requirements-run.txt test_set=cluster/requirements-test.txt stamp hash
+  local run_set=cluster/requirements-run.txt test_set=cluster/requirements-test.txt
+  local adapters_set=cluster/requirements-adapters.txt stamp hash
   stamp=.venv/installed-$set_name
-  hash=$(cat cluster/install.sh $run_set $test_set | sha256sum)
+  hash=$(cat cluster/install.sh $run_set $test_set $adapters_set | sha256sum)
   [[ -f $stamp && $(<"$stamp") == "$hash" ]] && return
   make_venv
   install_torch
   if [[ $set_name != build ]]; then install_set "data tools and the embedded model" $run_set --no-deps; fi
-  if [[ $set_name == test ]]; then install_set "reference libraries (3.5 GB)" $test_set -c $run_set; fi
+  if [[ $set_name == test ]]; then
+    install_set "reference libraries (3.5 GB)" $test_set -c $run_set
+    install_adapters $adapters_set
+  fi
   echo "$hash" >"$stamp"
 }
 

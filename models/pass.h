@@ -70,6 +70,14 @@ struct Pass {
   kernels::Key random{};       ///< of (seed, step, lane); slots derive theirs from it
   kernels::Key step_random{};  ///< of (seed, step) alone: for what all lanes and ranks share
   KvCache* cache = nullptr;
+  /// At attention and MLP: the residual stream, of which the sublayer's input is the norm.
+  Tensor residual_BLD = {};
+
+  Pass beside(const Tensor& residual) const {
+    Pass out = *this;
+    out.residual_BLD = residual;
+    return out;
+  }
 };
 
 /// One micro-batch on its way. The batch is immutable during a sweep; the sums are its result.

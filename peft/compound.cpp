@@ -8,6 +8,20 @@
 #include "peft/peft_form.h"
 
 namespace graft::peft {
+namespace {
+
+/// What a child is made from.
+SavedAdapter part_of(const SavedAdapter& adapter, const std::string& child) {
+  const auto section = adapter.config.find(child);
+  GRAFT_CHECK(section != adapter.config.end() && section->is_object(), ExitCode::kData,
+              "adapter_config.json: no section ", child);
+  SavedAdapter part{*section, adapter.tensors,
+                    section->value(kOwnEntries, nlohmann::json::object())};
+  part.config.erase(kOwnEntries);
+  return part;
+}
+
+}  // namespace
 
 std::unique_ptr<Method> method_with(const std::string& name, const std::string& fields) {
   auto method = methods().make(name);
@@ -27,7 +41,13 @@ void CompoundMethod::attach(AttachContext& context) {
     AttachContext inner = context;
     inner.random = kernels::derive(context.random, i + 1);
     inner.prefix = context.prefix + children_[i].name + ".";
-    children_[i].method->attach(inner);
+    Method& child = *children_[i].method;
+    child.attach(inner);
+    GRAFT_CHECK(
+        child.start_sites().empty() && child.calibration().rows == 0 && child.share_chosen() == 0 &&
+            !child.changes_base() && !child.acts_on_others(),
+        "peft: ", children_[i].name, ": first values from matrices or data, a changed base ",
+        "and acting on others are not for a part of a method; list it as a method of its own");
   }
 }
 
@@ -55,16 +75,12 @@ nlohmann::json CompoundMethod::to_peft_config(const SlotMap& slots) const {
   return config;
 }
 
+void CompoundMethod::continue_from(const SavedAdapter& adapter) {
+  for (const Child& child : children_) child.method->continue_from(part_of(adapter, child.name));
+}
+
 void CompoundMethod::from_peft_config(const SavedAdapter& adapter) {
-  for (const Child& child : children_) {
-    const auto section = adapter.config.find(child.name);
-    GRAFT_CHECK(section != adapter.config.end() && section->is_object(), ExitCode::kData,
-                "adapter_config.json: no section ", child.name);
-    SavedAdapter part{*section, adapter.tensors,
-                      section->value(kOwnEntries, nlohmann::json::object())};
-    part.config.erase(kOwnEntries);
-    child.method->from_peft_config(part);
-  }
+  for (const Child& child : children_) child.method->from_peft_config(part_of(adapter, child.name));
 }
 
 }  // namespace graft::peft

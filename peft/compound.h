@@ -1,5 +1,7 @@
 // CompoundMethod: a method made of others. It owns them, shows the fields of each under its name
 // and forwards the lifecycle; all are saved in one file, so their tensors must have different keys.
+// A child whose first values come from matrices or data, or that changes the base, is refused: of
+// whom a slot would be is not known here.
 #pragma once
 
 #include <memory>
@@ -25,6 +27,8 @@ class CompoundMethod : public Method {
   explicit CompoundMethod(std::vector<Child> children) : children_(std::move(children)) {}
 
   void fields(configs::Fields& f) override;
+  void continue_from(const SavedAdapter& adapter) override;
+  /// @throws graft::Error (kUsage) for a child with points of a start
   void attach(AttachContext& context) override;
   void initialize(BaseWeights& base) override;
   void after_reduce(const StepInfo& info) override;

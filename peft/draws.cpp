@@ -35,6 +35,15 @@ Tensor draw_normal(at::IntArrayRef shape, double deviation, kernels::Key key, at
   return t.mul_(deviation);
 }
 
+Tensor draw_truncated_normal(at::IntArrayRef shape, double deviation, kernels::Key key,
+                             at::Device device) {
+  const Tensor u = at::empty(shape, at::kFloat);
+  kernels::uniform(u, key);
+  const double within = std::erf(2 / std::sqrt(2.0));  // the share of draws that are not cut
+  const Tensor t = u.to(at::kDouble).mul_(2).sub_(1).mul_(within).erfinv_();
+  return t.mul_(std::sqrt(2.0) * deviation).to(device, at::kFloat);
+}
+
 Tensor dropout(const Tensor& x, double probability, const models::Pass& pass, kernels::Key key) {
   if (probability == 0 || !pass.training) return x;
   const Tensor mask = empty(x.sizes(), x.device());

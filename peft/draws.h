@@ -21,6 +21,10 @@ Tensor draw_kaiming(at::IntArrayRef shape, kernels::Key key, at::Device device);
 /// Normal with this standard deviation, float32.
 Tensor draw_normal(at::IntArrayRef shape, double deviation, kernels::Key key, at::Device device);
 
+/// N(0, deviation^2) cut at two deviations, float32: PyTorch's trunc_normal_.
+Tensor draw_truncated_normal(at::IntArrayRef shape, double deviation, kernels::Key key,
+                             at::Device device);
+
 /// x with elements set to zero and the others scaled up, in training; a slot's mask is a function
 /// of the pass and its key.
 Tensor dropout(const Tensor& x, double probability, const models::Pass& pass, kernels::Key key);

@@ -1,6 +1,6 @@
 // Soft prompts: what the methods of the group prompt share. Their rows come out of a table that is
-// trained itself or through an MLP; PEFT's files hold the rows alone, as `prompt_embeddings`, ours
-// keep the MLP beside them, so that a run can go on.
+// trained itself or through an encoder; PEFT's files hold the rows alone, as `prompt_embeddings`,
+// ours keep the encoder beside them, so that a run can go on.
 #pragma once
 
 #include <string>
@@ -12,7 +12,7 @@
 
 namespace graft::peft {
 
-/// rows = table, or MLP(table).
+/// rows = table, MLP(table) or MLP(LSTM(table)).
 class PromptRows : public torch::nn::Module {
  public:
   struct Shape {
@@ -20,8 +20,10 @@ class PromptRows : public torch::nn::Module {
     std::vector<int64_t> widths;  ///< of the table, then of each layer's output
     enum class Activation { kRelu, kTanh } activation = Activation::kRelu;  ///< between layers
     std::string layers = {};  ///< PEFT's name of them: "mlp_head"
+    int lstm_layers = 0;      ///< > 0: the first layer is a bidirectional LSTM of so many
+    double lstm_dropout = 0;  ///< between those
   };
-  /// The table is N(0, 1), the layers are uniform within 1 / sqrt(in).
+  /// The table is N(0, 1), the layers are uniform within 1 / sqrt(in), an LSTM's 1 / sqrt(hidden).
   PromptRows(Shape shape, kernels::Key random, at::Device device);
 
   int64_t count() const { return shape_.count; }
@@ -30,8 +32,8 @@ class PromptRows : public torch::nn::Module {
   Tensor& last_weight() { return weights_.back(); }
   Tensor& last_bias() { return biases_.back(); }
   /// Columns [begin, begin + size) of the rows, float32.
-  Tensor columns(int64_t begin, int64_t size) const;
-  Tensor all() const { return columns(0, shape_.widths.back()); }
+  Tensor columns(int64_t begin, int64_t size, const models::Pass& pass) const;
+  Tensor all(const models::Pass& pass) const { return columns(0, shape_.widths.back(), pass); }
 
   /// Lists what is trained, used by these stages.
   void attach(AttachContext& context, int stage, int last_stage);
@@ -39,8 +41,13 @@ class PromptRows : public torch::nn::Module {
   void refresh();
 
  private:
+  void make_lstm(at::Device device);
+  Tensor lstm(Tensor x, const models::Pass& pass) const;
+
   Shape shape_;
+  kernels::Key random_;
   Tensor table_, output_;
+  std::vector<std::pair<std::string, Tensor>> lstm_;  ///< by PyTorch's names; eight a layer
   std::vector<Tensor> weights_, biases_;
 };
 
@@ -54,6 +61,9 @@ struct PromptBase {
   /// Hidden size and heads of queries.
   static PromptBase of(const AttachContext& context);
 };
+
+/// Whether a directory holds the rows alone, without what they came out of.
+bool is_flat_prompt(const SavedAdapter& adapter);
 
 nlohmann::json write_prompt_form(const PeftForm& form, const configs::FieldDoc& fields,
                                  const PromptBase& base);

@@ -95,8 +95,8 @@ Tensor LlamaBlock::operator()(const Tensor& h_BLD, const Sequence& sequence,
                               const Pass& pass) const {
   const auto attention = [&](const Tensor& x) { return attn(x, sequence, layer, pass); };
   const auto feed_forward = [&](const Tensor& x) { return mlp(x, pass); };
-  const Tensor a = h_BLD + run(attn_out, attn_norm(h_BLD, pass), attention, pass);
-  return a + run(mlp_out, mlp_norm(a, pass), feed_forward, pass);
+  const Tensor a = h_BLD + run(attn_out, attn_norm(h_BLD, pass), attention, pass.beside(h_BLD));
+  return a + run(mlp_out, mlp_norm(a, pass), feed_forward, pass.beside(a));
 }
 
 void LlamaBlock::visit_weights(Visitor& visitor) {

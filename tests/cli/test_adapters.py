@@ -70,3 +70,17 @@ def test_a_method_that_cannot_stand_on_another_is_refused_at_once(trained):
     stacked = write_config(path.parent / "stacked.yaml", path.parent / "rows.h5", f"peft={json.dumps([lora, dora])}")
     done = graft("train", stacked, f"checkpoint.output_dir={path.parent}/stacked")
     assert done.returncode == USAGE and "dora needs the matrix of block.0.attn.q, and lora below it" in done.stderr
+
+
+def test_the_lowest_layers_of_a_saved_adapter_can_be_left_out(trained, tmp_path):
+    path = write_config(tmp_path / "drop.yaml", trained[0].parent / "rows.h5", 'peft=[{"method": "adapter_drop"}]')
+    succeed("train", path)
+    adapter = tmp_path / "run/adapter"
+
+    def without(layers):
+        entry = {"method": "adapter_drop", "init_from": str(adapter), "skip_layers": layers}
+        return loss(path, f"peft={json.dumps([entry])}", f"checkpoint.output_dir={tmp_path}/none")
+
+    assert without([]) == loss(path, "--adapter", adapter)
+    assert without([0, 1]) == loss(path, "--base")
+    assert len({without([]), without([0]), without([0, 1])}) == 3

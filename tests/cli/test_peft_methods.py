@@ -1,11 +1,10 @@
 """Every method that HF PEFT has: what the program trains from the method's own start, PEFT loads without a word and
-computes the same logits with. The fields are those of tests/oracle/peft_methods.py; the other direction, PEFT's files
+computes the same logits with. The fields are those of tests/oracle/peft_methods.py and peft_prompts.py; the other direction, PEFT's files
 in Graft, is tests/peft/peft_oracle_test.cpp."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import json
 import os
 import sys
@@ -21,9 +20,11 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 import check_peft  # noqa: E402
 import peft_methods  # noqa: E402
+import peft_prompts  # noqa: E402
+from make_fixtures import copies_of  # noqa: E402
 
 TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
-OUR_NAME = {"LN_TUNING": "layernorm_tuning"}  # where it is not PEFT's
+OUR_NAME = {"LN_TUNING": "layernorm_tuning", "ADAPTION_PROMPT": "llama_adapter"}  # where it is not PEFT's
 ELSEWHERE = {"progressbar", "use_dora", "total_step"}  # fields of PEFT's that are none here; dora is a method
 # What PEFT says of itself, not of the files.
 REMARKS = ["Unsupported layer type '<class 'transformers.models.qwen2.modeling_qwen2.Qwen2RMSNorm'>'",  # of LN_TUNING
@@ -46,20 +47,20 @@ def method_of(case):
     return OUR_NAME.get(peft_type, peft_type.lower())
 
 
-METHODS = {name: method_of(case) for name, case in peft_methods.CASES.items()}
+ALL = peft_methods.CASES | peft_prompts.CASES
+METHODS = {name: method_of(case) for name, case in ALL.items()}
 FIRST = {method: name for name, method in reversed(METHODS.items())}
 # One case of each method, and those whose file leaves to PEFT what matrices there are or how large they are.
-CASES = [name for name, method in METHODS.items() if name == FIRST[method]
+CASES = [name for name, method in METHODS.items() if name == FIRST[method] or name in peft_prompts.CASES
          or name.endswith(("patterns", "pattern", "no_projections", "indices", "lowest", "tied", "share"))]
 
 
 def train(name, directory):
     """Two steps from the method's own start, and the logits; the first command that fails, or the last."""
-    case = peft_methods.CASES[name]
     entry = {"method": METHODS[name]}
-    entry |= {key: value for key, value in case.fields.items() if key not in ELSEWHERE}
+    entry |= {key: value for key, value in ALL[name].fields.items() if key not in ELSEWHERE and value != "self_attn"}
     entry |= vars(entry.pop("kasa_config", types.SimpleNamespace()))
-    base = ORACLE / case.base
+    base = ORACLE / ALL[name].base
     path = write_config(directory / "run.yaml", base / "rows.h5", f'model.name_or_path="{base / "model"}"',
                         'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
                         "train.max_steps=2", "train.gradient_accumulation_steps=1",
@@ -78,29 +79,23 @@ def runs(tmp_path_factory):
         yield dict(zip(names, zip(directories, [pool.submit(train, *run) for run in zip(names, directories)])))
 
 
-@pytest.fixture(scope="module")
-def fresh():
-    """fresh(folder): the model anew, with equal weights each time."""
-    torch.set_num_threads(1)
-    load = functools.cache(lambda folder: peft_methods.copies_of(folder / "model"))
-    return lambda folder: load(folder)()
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_peft_loads_what_graft_trained(name, runs, fresh):
+def test_peft_loads_what_graft_trained(name, runs):
     if name not in runs:
         pytest.skip(f"no method is PEFT's {METHODS[name]}")
+    torch.set_num_threads(1)
+    folder = ORACLE / ALL[name].base
+    base = copies_of(folder / "model")
     directory, run = runs[name]
-    base = ORACLE / peft_methods.CASES[name].base
     done = run.result()
     assert done.returncode == 0, done.stderr
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for remark in REMARKS:
             warnings.filterwarnings("ignore", message=remark)
-        model = peft.PeftModel.from_pretrained(fresh(base), directory / "run/adapter").eval()
-    rows = check_peft.read_rows(base / "rows.h5")
-    theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(fresh(base), rows)
+        model = peft.PeftModel.from_pretrained(base(), directory / "run/adapter").eval()
+    rows = check_peft.read_rows(folder / "rows.h5")
+    theirs, untouched = check_peft.logits_of(model, rows), check_peft.logits_of(base(), rows)
     saved = load_file(directory / "logits.safetensors")
     ours = [saved[f"row.{i}"] for i in range(len(rows))]
     size = max(logits.abs().max().item() for logits in theirs)

@@ -23,11 +23,11 @@ import warnings
 
 import peft
 import torch
-from make_fixtures import copies_of, rows_and_labels
+from make_fixtures import copies_of
 
 from peft.tuners.lora import corda, eva, layer, loraga
 from peft.utils import incremental_pca, loftq_utils
-from peft_methods import loss_of
+from rule import loss_of, rows_and_labels
 from safetensors.torch import save_file
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]

@@ -22,14 +22,18 @@ DIR/<case>/fish.json            how many of how many, and losses of ten AdamW st
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
-Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/lora_starts/: see lora_starts.py; DIR/optimisers.safetensors: see optimisers.py;
-DIR/adapter_sums.safetensors: see adapter_sums.py.
+Beside them DIR/llama_square/model/ and llama_heads/model/: see BASES; DIR/peft_methods/<name>/: see peft_methods.py and
+peft_prompts.py; DIR/lora_starts/: see lora_starts.py; DIR/optimisers.safetensors: see optimisers.py; DIR/adapter_sums.safetensors:
+see adapter_sums.py; DIR/adapter_hub/: see adapter_hub.py.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import bitsandbytes
@@ -38,9 +42,9 @@ import numpy as np
 import peft
 import torch
 import transformers
+from rule import LENGTH, ROWS, VOCABULARY, fill, rows_and_labels
 from safetensors.torch import load_file, save_file
 
-ROWS, LENGTH, VOCABULARY = 2, 24, 128
 TRAIN = {"optim": "adamw", "learning_rate": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0,
          "lr_scheduler_type": "constant", "steps": 10}
 FULL = TRAIN | {"learning_rate": 1e-3, "weight_decay": 0.01}
@@ -59,18 +63,12 @@ CASES = {
     "llama_nf4": transformers.LlamaConfig(
         **SHAPE | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}),
 }
-
-
-def fill(name, shape, scale):
-    """Numbers in [-scale, scale) from a linear congruential generator seeded with the FNV-1a hash of the name."""
-    state = 2166136261
-    for byte in name.encode():
-        state = ((state ^ byte) * 16777619) & 0xFFFFFFFF
-    values = np.empty(int(np.prod(shape)), np.float32)
-    for i in range(values.size):
-        state = (1664525 * state + 1013904223) & 0xFFFFFFFF
-        values[i] = ((state >> 8) / 16777216.0 - 0.5) * 2.0 * scale
-    return torch.from_numpy(values.reshape(tuple(shape)))
+# As wide as their heads together, which some methods of the references take for granted; only model/ is written.
+BASES = {
+    "llama_square": transformers.LlamaConfig(**SHAPE | {"head_dim": 8}),
+    "llama_heads": transformers.LlamaConfig(**SHAPE | {"head_dim": 8, "num_key_value_heads": 6}),
+}
+ADAPTERS = pathlib.Path(__file__).resolve().parents[2] / ".venv/adapters"
 
 
 def base_weight(name, parameter):
@@ -110,16 +108,6 @@ def save_nf4(model, directory):
                 state = module.weight.quant_state
                 dense_weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
                 model.get_submodule(name).weight.copy_(dense_weight)
-
-
-def rows_and_labels():
-    index = torch.arange(LENGTH)
-    input_ids = torch.stack([(11 + 37 * index) % VOCABULARY, (5 + 53 * index) % VOCABULARY])
-    labels = input_ids.clone()
-    labels[0, :6] = -100
-    labels[1, :1] = -100  # nothing predicts the first token
-    labels[1, 10:13] = -100
-    return input_ids, labels
 
 
 def write_rows(path, input_ids, labels):
@@ -248,6 +236,22 @@ def write_case(name, config, directory):
     print(f"{name}: loss {oracle['loss']:.6f}, with adapter {oracle['adapter_loss']:.6f}, trained {losses[-1]:.6f}")
 
 
+def write_base(config, directory):
+    shutil.rmtree(directory, ignore_errors=True)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    set_parameters(model.named_parameters(), base_weight)
+    save_sharded(model, directory / "model")
+
+
+def write_adapter_hub(output):
+    """A process of its own: the `adapters` package needs another transformers than PEFT."""
+    if not (ADAPTERS / "adapters").is_dir():
+        sys.exit(f"{ADAPTERS} has no `adapters` package: run cluster/install.sh test")
+    script = pathlib.Path(__file__).with_name("adapter_hub.py")
+    subprocess.run([sys.executable, script, "--models", output, "--output", output / "adapter_hub"], check=True,
+                   env=os.environ | {"PYTHONPATH": str(ADAPTERS)})
+
+
 def copies_of(model_directory):
     """@return a function that makes the model anew, in float32 and evaluation mode, with equal weights each time"""
     weights = transformers.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32,
@@ -270,13 +274,18 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     for name, config in CASES.items():
         write_case(name, config, output / name)
+    for name, config in BASES.items():
+        write_base(config, output / name)
+    write_adapter_hub(output)
     import adapter_sums  # these import this file
     import lora_starts
     import optimisers
     import peft_methods
+    import peft_prompts
 
     optimisers.write(output / "optimisers.safetensors")
     peft_methods.write(output / "qwen2/model", output / "peft_methods")
+    peft_prompts.write(output, output / "peft_methods")
     lora_starts.write(output / "qwen2/model", output / "lora_starts")
     adapter_sums.write(output / "qwen2/model", output / "peft_methods", output / "adapter_sums.safetensors")
 

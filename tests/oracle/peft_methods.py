@@ -14,10 +14,9 @@ The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v), or the 
 rows and labels are its rows_and_labels().
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
-Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
+Prompts: see peft_prompts.py. Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
 XLORA, MIXED            routed over other adapters; X-LoRA's file loses a layer
 ADAMSS of some spaces   they are clusters of scikit-learn's generator, which no file holds; one space needs none
-ADAPTION_PROMPT         acts on attention, not on linear layers, and fails for H d != D
 SHADOW                  a second model beside the base
 HIRA rank_pattern       PEFT ignores it: every matrix gets rank r, and it cannot load a file that has what it asked for
 LORA use_qalora         only on bases of GPTQ; velora and monteclora change training, not the adapter
@@ -36,10 +35,11 @@ import numpy as np
 import peft
 import torch
 import transformers
-from make_fixtures import copies_of, fill, rows_and_labels
+from make_fixtures import copies_of
 from peft.tuners.boft import layer as boft_layer
 from peft.tuners.c3a import layer as c3a_layer
 from peft.tuners.poly import router as poly_router
+from rule import fill, loss_of, rows_and_labels
 from safetensors.torch import load_file, save_file
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # out = in, out < in, a feed-forward one
@@ -50,8 +50,8 @@ class Case:
     """fields: of the type's config. scale: of what is added to the start; a number, or by a part of the key."""
 
     def __init__(self, config, scale=0.1, base="qwen2", **fields):
-        if "target_modules" not in fields:
-            fields["target_modules"] = TARGETS
+        if "target_modules" in config.__dataclass_fields__:  # prompts have none
+            fields.setdefault("target_modules", TARGETS)
         self.config, self.scale, self.base, self.fields = config, scale, base, fields
 
     def scale_of(self, key):
@@ -219,11 +219,6 @@ def prepare_peft():
     c3a_layer.BlockCircularConvolution = CorrectedConvolution
     poly_router.PolyRouter.forward = of_first_task(poly_router.PolyRouter.forward)
     boft_layer.get_fbd_cuda = lambda: None  # it would compile CUDA
-
-
-def loss_of(logits, labels):
-    """As the base has it: AdaLoRA's own loss would add a term."""
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def trainable(model):

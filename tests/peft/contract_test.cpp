@@ -141,6 +141,9 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"bottleneck",
      "{sites: [block], reduction_factor: 6, non_linearity: gelu, scaling: 2, learn_scaling: true,"
      " init_weights: bert}"},
+    {"adapter_drop", "{drop_up_to: 1}"},
+    {"bottleneck",
+     "{form: parallel, tap: raw, reduction_factor: 4, init_weights: houlsby, skip_layers: [1]}"},
     {"bottleneck",
      "{sites: [mlp, block], form: parallel, reduction_factor: 4, non_linearity: tanh, leave_out: "
      "[0]}"},
@@ -149,6 +152,10 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"llama_adapter", "{gate: heads}"},
     {"prefix_tuning", "{num_virtual_tokens: 5, init_weights: zero}"},
     {"prefix_tuning", "{num_virtual_tokens: 5, prefix_projection: true, encoder_hidden_size: 24}"},
+    {"prefix_tuning", "{num_virtual_tokens: 5, shift_positions: false}"},
+    {"p_tuning",
+     "{num_virtual_tokens: 3, encoder_hidden_size: 24, encoder_reparameterization_type: LSTM,"
+     " encoder_dropout: 0.25}"},
     {"prompt_tuning", "{num_virtual_tokens: 3, prompt_tuning_init: SAMPLE_VOCAB}"},
     {"boft", "{target_modules: all-linear, boft_n_butterfly_factor: 3, boft_dropout: 0.2}"},
     {"boft", "{boft_block_size: 0, boft_block_num: 12, boft_n_butterfly_factor: 2}"},

@@ -2,6 +2,8 @@
 // that is text, generation with a key/value cache, files without the encoder.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "models/nn/sequence.h"
 #include "tests/peft/one_slot.h"
 
@@ -150,6 +152,143 @@ INSTANTIATE_TEST_SUITE_P(
                     std::pair{"prefix_tuning", "{num_virtual_tokens: 2, prefix_projection: true}"},
                     std::pair{"llama_adapter", "{adapter_len: 3, adapter_layers: 1}"}),
     [](const auto& info) { return info.param.first + std::to_string(info.index); });
+
+/// A directory as PEFT writes it, of what `method` has learnt.
+void write_flat(const std::string& directory, const std::string& method,
+                const std::string& options) {
+  const OneSlot one(method, options);
+  const Peft::Saved saved = one.tiny.adapters.save(0, {"base", "CAUSAL_LM", "print"});
+  models::io::NamedTensors rows;
+  for (const auto& [key, value] : saved.tensors) {
+    if (!key.starts_with("prompt_encoder.")) rows.emplace_back(key, value);
+  }
+  Tiny::write_adapter(directory, saved.config, rows);
+}
+
+TEST(SoftPromptFromPeft, IsTrainedOnAsItIsWhateverTheRunsEncoder) {
+  for (const auto& [method, options] :
+       {std::pair{"p_tuning", "{num_virtual_tokens: 3}"},
+        std::pair{"p_tuning", "{num_virtual_tokens: 3, encoder_reparameterization_type: LSTM}"},
+        std::pair{"prefix_tuning", "{num_virtual_tokens: 3, prefix_projection: true}"}}) {
+    const TestFolder folder;
+    write_flat(folder.path(), method, options);
+    Tiny alone("llama"), with_method("llama");
+    alone.attach("", nullptr, folder.path());
+    std::shared_ptr<Method> entry = methods().make(method);
+    read_fields(*entry, options);
+    with_method.attach(method, entry, folder.path());
+    alone.load(), with_method.load();
+    ASSERT_EQ(with_method.params().size(), 1) << options;
+    EXPECT_EQ(with_method.adapters.params().hash(), alone.adapters.params().hash()) << options;
+    EXPECT_EQ(with_method.step({make_lane(0)}, 1), alone.step({make_lane(0)}, 1)) << options;
+  }
+}
+
+constexpr const char* kLstm =
+    "{num_virtual_tokens: 6, encoder_hidden_size: 8, encoder_reparameterization_type: LSTM,"
+    " encoder_num_layers: 3, encoder_dropout: 0.5}";
+
+TEST(PTuningLstm, StartsAsPyTorchsLstm) {
+  Tiny tiny("llama");
+  std::shared_ptr<Method> method = methods().make("p_tuning");
+  read_fields(*method, kLstm);
+  tiny.attach("p_tuning", method);
+  tiny.load();
+  const double bound = 1 / std::sqrt(8.0);
+  int count = 0;
+  for (const Param& p : tiny.params()) {
+    if (p.name.find("lstm_head") == std::string::npos) continue;
+    ++count;
+    const double largest = p.value.detach().abs().max().item<double>();
+    EXPECT_LE(largest, bound) << p.name;
+    EXPECT_GT(largest, 0.8 * bound) << p.name;
+  }
+  EXPECT_EQ(count, 3 * 2 * 4);
+}
+
+TEST(PTuningLstm, DropsAsThePassSaysAndNothingWhenNotTraining) {
+  OneSlot one("p_tuning", kLstm);
+  const auto& input = one.tiny.adapters.slots().sequences.front();
+  ASSERT_EQ(input.name, "input");
+  const models::Lane lane = make_lane(0);
+  const models::Carry carry{
+      {fill("h", {2, 12, 48}, 1)},
+      std::make_shared<const models::Sequence>(models::make_sequence(lane.batch))};
+  const auto rows = [&](bool training, uint64_t number) {
+    models::Pass pass;
+    pass.training = training;
+    pass.random = {7, number};
+    return input.slot->adapters()[0]->edit(carry, pass).h()[0].slice(0, 0, 6).detach();
+  };
+  EXPECT_TRUE(at::equal(rows(true, 1), rows(true, 1))) << "recomputed";
+  EXPECT_GT(difference(rows(true, 1), rows(true, 2)), 1e-3);
+  EXPECT_GT(difference(rows(true, 1), rows(false, 1)), 1e-3);
+  EXPECT_TRUE(at::equal(rows(false, 1), rows(false, 2)));
+}
+
+TEST(PTuning, TheMlpTakesNoLayersOrDropout) {
+  models::io::expect_refused([] { OneSlot("p_tuning", "{encoder_num_layers: 3}"); },
+                             "encoder_num_layers = 3", ExitCode::kUsage);
+}
+
+TEST(PrefixTuning, KeysAndValuesOfARealPromptGiveThatPromptsLogits) {
+  for (const char* model : {"llama", "qwen3"}) {
+    OneSlot one("prefix_tuning", "{num_virtual_tokens: 4}", model);
+    const data::Batch whole = make_lane(0).batch;
+    const Tensor tokens = whole.tokens_BL.slice(0, 0, 1);
+    const Tensor prompt = tokens.slice(1, 0, 4), rest = tokens.slice(1, 4);
+    models::KvCache cache;
+    models::Pass pass;
+    pass.want = models::Want::kLastLogits;
+    pass.cache = &cache;
+    pass.adapters = false;
+    const models::Lane lane{make_batch(prompt, prompt), 0};
+    one.tiny.trunk->forward({&lane, 1}, pass);
+    const at::NoGradGuard no_grad;
+    Tensor table = one.tiny.params()[0].value;
+    const auto layers = static_cast<int64_t>(cache.layers.size());
+    const int64_t heads = cache.layers[0].k.size(1);
+    for (int64_t i = 0; i < layers; ++i) {  // [1, heads, 4, K]
+      const models::KvCache::Layer& layer = cache.layers[static_cast<size_t>(i)];
+      Tensor own = table.view({4, layers, 2, heads, -1}).select(1, i);
+      own.select(1, 0).copy_(layer.k[0].transpose(0, 1));
+      own.select(1, 1).copy_(layer.v[0].transpose(0, 1));
+    }
+    const Tensor expected = one.tiny.logits(whole, false)[0].slice(0, 4);
+    EXPECT_LT(difference(one.tiny.logits(make_batch(rest, rest))[0], expected), 1e-4) << model;
+  }
+}
+
+TEST(PTuningV2, IsPrefixTuningGivenTheSameTensors) {
+  OneSlot v2("p_tuning_v2", "{num_virtual_tokens: 3}");
+  const TestFolder folder;
+  v2.tiny.save(folder.path());
+  Tiny tiny("llama");
+  std::shared_ptr<Method> method = methods().make("prefix_tuning");
+  read_fields(*method, "{num_virtual_tokens: 3}");
+  tiny.attach("prefix_tuning", method, folder.path());
+  models::LoadOptions unquantised;
+  unquantised.quantization = models::Quantization::kNone;
+  tiny.load(unquantised);
+  const data::Batch batch = make_lane(0).batch;
+  EXPECT_TRUE(at::equal(tiny.logits(batch), v2.tiny.logits(batch)));
+}
+
+TEST(LlamaAdapter, TheFirstStepMovesGatesAlone) {
+  for (const char* options : {"{}", "{gate: heads}"}) {
+    Tiny tiny("llama");
+    std::shared_ptr<Method> method = methods().make("llama_adapter");
+    read_fields(*method, options);
+    tiny.attach("llama_adapter", method);
+    tiny.load();
+    const auto gradients = tiny.sweep({make_lane(0)}, 1).gradients;
+    for (size_t i = 0; i < gradients.size(); ++i) {
+      const std::string& name = tiny.params()[i].name;
+      const double largest = gradients[i].abs().max().item<double>();
+      EXPECT_TRUE(name.ends_with("gate") ? largest > 0 : largest == 0) << name << " " << largest;
+    }
+  }
+}
 
 TEST(LlamaAdapter, IsTheBasesAttentionPlusAGatedOneOverThePrompt) {
   OneSlot one("llama_adapter", "{adapter_len: 3}");

@@ -3,8 +3,10 @@
 // Trains what its two parts train (prefix_tuning.cpp, bottleneck.cpp), with the paper's choices: a
 // prefix of 30 through an MLP of width 512, and y = MLP(x) + 4 U relu(D x + b) + c, x the MLP's own
 // input. The paper's inner width is 512 of 1024; reduction_factor 2 says the same of any width, as
-// the `adapters` library has it. U is zeros, so at step 0 it is prefix tuning alone: not the base.
-// Not mergeable. HF PEFT has no such method.
+// the `adapters` library has it; that reads the raw tap (bottleneck: {tap: raw}) and counts tokens
+// from 0 (prefix_tuning: {shift_positions: false}), neither the default here: see there. U is
+// zeros, so at step 0 it is prefix tuning alone: not the base. Not mergeable. HF PEFT has no such
+// method.
 #include "peft/compound.h"
 
 namespace graft::peft {

@@ -5,13 +5,12 @@
 // Linear(H K, h), tanh, Linear(h, 2 layers H K) over a table [m, H K]. N(0, 1), or zeros; the model
 // is not the base at step 0 (zero keys take their share of attention). Not mergeable. Fields and
 // files are those of HF PEFT's PrefixTuningConfig: keys are not rotated, and tokens stand at
-// positions from m on. Its files hold P alone; ours hold the table and the layers too, which PEFT
-// passes over, so that a run can go on; P out of PEFT's files is trained on as it is. Under a
-// sliding window the prefix counts as the m oldest keys of a document.
+// positions from m on, in the `adapters` library from 0 on (shift_positions: false). Its files hold
+// P alone; ours hold the table and the layers too, which PEFT passes over, so that a run can go on;
+// P out of PEFT's files is trained on as it is. Under a sliding window the prefix counts as the m
+// oldest keys of a document.
 #include <ATen/ATen.h>
 #include <nlohmann/json.hpp>
-
-#include <algorithm>
 
 #include "configs/check.h"
 #include "models/nn/sequence.h"
@@ -25,6 +24,7 @@ struct PrefixTuningConfig {
   bool prefix_projection = false;
   std::optional<int> encoder_hidden_size;
   std::optional<std::string> init_weights;
+  bool shift_positions = true;
 
   void fields(configs::Fields& f) {
     f("num_virtual_tokens", num_virtual_tokens, f.range(1, 65536), "keys in front of a document");
@@ -32,8 +32,10 @@ struct PrefixTuningConfig {
     f("encoder_hidden_size", encoder_hidden_size, f.range(1, 65536),
       "inner width of the MLP; null: that of a layer's keys");
     f("init_weights", init_weights, f.one_of({"zero"}), "zero: zeros; null: N(0, 1)");
+    f("shift_positions", shift_positions,
+      "true: tokens count on from the prefix, as PEFT; false: from 0, as the adapters library");
   }
-  static PeftForm peft_form() { return {.type = "PREFIX_TUNING"}; }
+  static PeftForm peft_form() { return {.type = "PREFIX_TUNING", .ours = {"shift_positions"}}; }
 };
 
 class PrefixTuningCore : public models::AttentionAdapter {
@@ -43,9 +45,9 @@ class PrefixTuningCore : public models::AttentionAdapter {
     register_module("rows", rows_);
   }
   Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const Core& core,
-                 const models::Pass&) override {
+                 const models::Pass& pass) override {
     const int64_t heads = k.size(1), width = heads * head_dim_;
-    const Tensor rows = rows_->columns(2 * layer_ * width, 2 * width);
+    const Tensor rows = rows_->columns(2 * layer_ * width, 2 * width, pass);
     const Tensor both_2HPK = rows.view({-1, 2, heads, head_dim_}).permute({1, 2, 0, 3});
     const auto before = [&](const Tensor& own, int64_t part) {
       const Tensor prefix = both_2HPK[part].to(own.scalar_type()).unsqueeze(0);
@@ -74,6 +76,7 @@ class PrefixTuning : public Method {
  public:
   void fields(configs::Fields& f) override { config_.fields(f); }
   bool starts_as_base() const override { return false; }
+  void continue_from(const SavedAdapter& adapter) override { is_flat_ = is_flat_prompt(adapter); }
   void attach(AttachContext& context) override {
     const auto& cores = context.slots.attentions;
     check_slots(context, cores.size(), "attention");
@@ -99,19 +102,20 @@ class PrefixTuning : public Method {
     }
     rows_->attach(context, cores.front().stage, cores.back().stage);
     for (const auto& site : context.slots.sequences) {
-      if (site.name == "input")
+      if (site.name == "input" && config_.shift_positions)
         site.slot->push(std::make_shared<PrefixTuningShift>(config_.num_virtual_tokens));
     }
   }
 
-  std::string peft_type() const override { return PrefixTuningConfig::peft_form().type; }
+  std::string peft_type() const override {
+    return config_.shift_positions ? PrefixTuningConfig::peft_form().type : "";
+  }
   nlohmann::json to_peft_config(const SlotMap&) const override {
     rows_->refresh();
     return write_prompt_form(PrefixTuningConfig::peft_form(), configs::describe(config_), base_);
   }
   void from_peft_config(const SavedAdapter& adapter) override {
-    is_flat_ = std::find(adapter.tensors.begin(), adapter.tensors.end(), kPromptTable) ==
-               adapter.tensors.end();
+    continue_from(adapter);
     read_prompt_form(PrefixTuningConfig::peft_form(), adapter,
                      [&](configs::Fields& f) { config_.fields(f); });
   }

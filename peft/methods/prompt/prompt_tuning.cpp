@@ -1,11 +1,14 @@
 // Prompt tuning: h = [P; E(x)].                    Lester et al. 2021, arXiv:2104.08691
 // Trains P [num_virtual_tokens, D], put in front of every document; it takes the first positions,
-// and no loss is taken on it. The model is not the base at step 0. Not mergeable. Fields and files
-// are those of HF PEFT's PromptTuningConfig. Initial rows are N(0, 1), or with SAMPLE_VOCAB those
-// of tokens drawn from the whole vocabulary, both as PEFT has them. The paper's are uniform within
-// 0.5 (init_range: 0.5) or drawn from the 5000 most frequent tokens (sample_tokens: 5000, which are
-// the first ones where a tokenizer numbers by frequency). PEFT's TEXT
-// needs a tokenizer and is read, where it says nothing about a saved prompt, but not offered.
+// and no loss is taken on it, nor on a document's first token: nothing predicts that in any method
+// here, so losses of all are means over the same targets. PEFT has one target more where the first
+// label is not -100, predicted by P's last row (tests/oracle/peft_prompts.py has that loss too).
+// The model is not the base at step 0. Not mergeable. Fields and files are those of HF PEFT's
+// PromptTuningConfig. Initial rows are N(0, 1), or with SAMPLE_VOCAB those of tokens drawn from the
+// whole vocabulary, both as PEFT has them. The paper's are uniform within 0.5 (init_range: 0.5) or
+// drawn from the 5000 most frequent tokens (sample_tokens: 5000, which are the first ones where a
+// tokenizer numbers by frequency). PEFT's TEXT needs a tokenizer and is read, where it says nothing
+// about a saved prompt, but not offered.
 #include <ATen/ATen.h>
 
 #include <algorithm>

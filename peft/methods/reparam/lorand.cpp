@@ -10,20 +10,17 @@
 // The dense matrix is never built: x passes the branches side by side. No library has it.
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <cmath>
 
 #include "configs/check.h"
-#include "configs/names.h"
-#include "peft/attach.h"
 #include "peft/draws.h"
-#include "peft/peft_config.h"
-#include "peft/peft_form.h"
+#include "peft/sublayer_method.h"
 
 namespace graft::peft {
 namespace {
 
 struct LorandConfig {
+  static constexpr const char* kName = "lorand";
   std::vector<std::string> sites = {"attn", "mlp"};
   double factor = 2;
   int branches = 4, kernel_dim = 8;
@@ -36,11 +33,14 @@ struct LorandConfig {
     f("kernel_dim", kernel_dim, f.range(1, 4096), "their rank");
     f("share_kernel", share_kernel, "one set of K for both projections, as the paper has it");
   }
+  bool starts_as_base() const { return false; }
 };
 
 class LorandAdapter : public models::SublayerAdapter {
  public:
-  LorandAdapter(const LorandConfig& c, int64_t width, kernels::Key random, at::Device device) {
+  LorandAdapter(const LorandConfig& c, const SublayerPlace& place, kernels::Key random,
+                at::Device device) {
+    const int64_t width = place.width;
     const auto inner = static_cast<int64_t>(static_cast<double>(width) / c.factor);
     GRAFT_CHECK(inner >= 1, "lorand: factor = ", c.factor, ", at most the model's width ", width);
     down_ = project("down_", c, {width, inner}, random, device, {});
@@ -84,36 +84,7 @@ class LorandAdapter : public models::SublayerAdapter {
   Projection down_, up_;
 };
 
-class Lorand : public Method {
- public:
-  void fields(configs::Fields& f) override { config_.fields(f); }
-  bool starts_as_base() const override { return false; }
-  void attach(AttachContext& context) override {
-    check_slots(context, context.slots.sublayers.size(), "sublayers");
-    const size_t before = context.params.all().size();
-    for (const auto& site : context.slots.sublayers) {
-      if (std::find(config_.sites.begin(), config_.sites.end(), site.role) == config_.sites.end())
-        continue;
-      auto adapter = std::make_shared<LorandAdapter>(config_, context.info.hidden_size,
-                                                     site_key(context, site.name), context.device);
-      site.slot->push(adapter);
-      list_tensors(context, *adapter, {site.name, site.name, site.stage}, {});
-    }
-    GRAFT_CHECK(context.params.all().size() > before,
-                "peft: lorand: sites = ", configs::join(config_.sites, ", "),
-                ": this model has none of them");
-  }
-  nlohmann::json to_peft_config(const SlotMap&) const override {
-    return write_peft_entries({}, configs::describe(config_));
-  }
-  void from_peft_config(const SavedAdapter& adapter) override {
-    PeftConfigReader config(adapter);
-    read_peft_entries({}, config, nullptr, [&](configs::Fields& f) { config_.fields(f); });
-  }
-
- private:
-  LorandConfig config_;
-};
+using Lorand = SublayerMethod<LorandConfig, LorandAdapter>;
 
 }  // namespace
 
