@@ -107,14 +107,11 @@ models::Carry PromptInput::edit(models::Carry carry, const models::Pass& pass) {
 }
 
 void attach_prompt(AttachContext& context, const std::shared_ptr<PromptRows>& rows) {
-  for (const auto& site : context.slots.sequences) {
-    if (site.role != "input" || site.name != "input") continue;
-    site.slot->push(std::make_shared<PromptInput>(rows));
-    rows->attach(context, site.stage, site.stage);
-    return;
-  }
-  throw Error(ExitCode::kUsage,
+  const auto* input = context.slots.find_input();
+  GRAFT_CHECK(input != nullptr,
               "peft: this model has no place for a prompt in front of its tokens");
+  input->slot->push(std::make_shared<PromptInput>(rows));
+  rows->attach(context, input->stage, input->stage);
 }
 
 }  // namespace graft::peft
