@@ -112,9 +112,12 @@ class Peft {
     std::string directory, name;
     double weight = 1;
     bool is_active = true;
+    bool is_expert = false;  ///< a method computes with it: Method::experts
     std::shared_ptr<WholeTensors> head;
   };
   std::vector<Method*> running() const;  ///< innermost first
+  void make_ready(MethodEntry& entry);
+  const std::vector<size_t>& attach_experts(const Method& method);
   void check_thawed_alone() const;
   void check_task(const std::string& directory) const;
   template <class Wanted>
@@ -136,6 +139,7 @@ class Peft {
   std::vector<size_t> saved_;  ///< of trained_
   bool trains_head_ = false;
   std::vector<Frozen> frozen_;
+  std::map<const Method*, std::vector<size_t>> experts_;           ///< numbers in frozen_
   std::map<const models::LinearAdapter*, std::string> method_of_;  ///< of those attached so far
 };
 

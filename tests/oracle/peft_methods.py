@@ -12,7 +12,8 @@ The base is MODEL_DIR (make_fixtures.py: qwen2, with biases on q, k, v); rows an
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
 Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
-XLORA, MIXED            routed over other adapters; X-LoRA's file loses a layer
+XLORA                   its file loses a layer: see xlora.py
+MIXED                   other adapters, several types of them in one model
 ADAMSS of some spaces   they are clusters of scikit-learn's generator, which no file holds; one space needs none
 ADAPTION_PROMPT         acts on attention, not on linear layers, and fails for H d != D
 SHADOW                  a second model beside the base
