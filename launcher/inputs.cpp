@@ -81,7 +81,15 @@ Json input_facts(const Run& run, const data::Corpus& train) {
   Json adapters = Json::array();
   for (const std::string& directory : run.model.adapters.values)
     adapters.push_back(sampled(files_of(directory)));
-  return {{"data.train", data_facts(train)}, {"model.adapters", adapters}};
+  Json experts = Json::array();
+  for (const peft::MethodEntry& entry : run.peft) {
+    for (const std::string& directory :
+         entry.method ? entry.method->experts() : std::vector<std::string>())
+      experts.push_back(sampled(files_of(directory)));
+  }
+  Json facts = {{"data.train", data_facts(train)}, {"model.adapters", adapters}};
+  if (!experts.empty()) facts["peft.adapters"] = experts;
+  return facts;
 }
 
 void check_same_inputs(const World& world, const Run& run, const data::Corpus& train) {

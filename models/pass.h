@@ -1,6 +1,6 @@
 // What travels through a model: the Carry from stage to stage, the Sequence that says how tokens
-// relate, and the Pass that says where a call is. Shape letters: B rows, L positions, D width, H
-// heads, K head width.
+// relate, and the Pass that says where a call is. Shape letters: B rows, L positions, T tokens, D
+// width, H heads, K head width, V vocabulary.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -52,12 +52,14 @@ struct KvCache {
     Tensor k, v;
   };
   std::vector<Layer> layers;
-  int64_t length = 0;  ///< positions held; a pass appends behind them
+  int64_t length = 0;             ///< positions held; a pass appends behind them
+  std::shared_ptr<KvCache> look;  ///< of the looks of the passes that append here
 };
 
 /// What the last stage returns as h(): the summed loss (scalar), that and the number of targets
-/// whose logit is the largest [2] float64, all logits [B, L, V], or those of the last position.
-enum class Want { kLoss, kLossAndHits, kLogits, kLastLogits };
+/// whose logit is the largest [2] float64, all logits [B, T, V], those of the last position, or
+/// the last hidden state [B, T, D], after the final norm.
+enum class Want { kLoss, kLossAndHits, kLogits, kLastLogits, kHidden };
 
 /// Where a call is: everything a stage or an adapter may depend on besides its input.
 struct Pass {
@@ -70,6 +72,9 @@ struct Pass {
   kernels::Key random{};       ///< of (seed, step, lane); slots derive theirs from it
   kernels::Key step_random{};  ///< of (seed, step) alone: for what all lanes and ranks share
   KvCache* cache = nullptr;
+  /// What the untouched base makes of the batch's tokens, without gradients: Want::kHidden.
+  /// Undefined unless an adapter looks().
+  Tensor look_BTD = {};
   /// At attention and MLP: the residual stream, of which the sublayer's input is the norm.
   Tensor residual_BLD = {};
 

@@ -125,6 +125,8 @@ class AttentionAdapter : public torch::nn::Module {
 class SequenceAdapter : public torch::nn::Module {
  public:
   virtual Carry edit(Carry carry, const Pass& pass) = 0;
+  /// Whether it, or another adapter of its method, reads Pass::look_BTD: the base then runs twice.
+  virtual bool looks() const { return false; }
 };
 
 /// Placed on single tensors: norm.* (a norm's output), block.out, logits.

@@ -77,6 +77,7 @@ struct Trunk::Trail {
     Carry input;   ///< leaves
     Carry output;  ///< with its graph; empty when the stage will be run again
   };
+  Tensor look_BTD;           ///< of the base, before all else
   Carry top;                 ///< the newest output
   std::vector<Step> steps;   ///< of the stages from the lowest trained one on
   std::vector<Tensor> grad;  ///< of the newest step's output
@@ -95,7 +96,34 @@ Trunk::Trunk(Model& model, dist::BlockStore& store, int prefetch_blocks)
   }
 }
 
-Pass Trunk::pass_of(const Lane& lane, int stage, const TrunkOptions& options) const {
+bool Trunk::is_asked_to_look() const {
+  struct Ask : Visitor {
+    using Visitor::slot;
+    bool yes = false;
+    void slot(const std::string&, Slot<SequenceAdapter>& slot) override {
+      for (const auto& adapter : slot.adapters()) yes = yes || adapter->looks();
+    }
+  } ask;
+  for (int i = 0; i < model_.num_stages(); ++i) model_.visit_slots(i, ask);
+  return ask.yes;
+}
+
+/// Of each lane what the untouched base makes of it; undefined where nobody asks.
+/// @param cache  of the pass that is to come: the look has seen the same tokens
+std::vector<Tensor> Trunk::look(std::span<const Lane> lanes, KvCache* cache) {
+  if (!is_asked_to_look()) return std::vector<Tensor>(lanes.size());
+  Pass pass;
+  pass.adapters = false;
+  pass.want = Want::kHidden;
+  if (cache != nullptr) {
+    if (cache->look == nullptr) cache->look = std::make_shared<KvCache>();
+    pass.cache = cache->look.get();
+  }
+  return forward(lanes, pass);
+}
+
+Pass Trunk::pass_of(const Lane& lane, const Tensor& look_BTD, int stage,
+                    const TrunkOptions& options) {
   Pass pass;
   pass.batch = &lane.batch;
   pass.lane = lane.number;
@@ -103,11 +131,14 @@ Pass Trunk::pass_of(const Lane& lane, int stage, const TrunkOptions& options) co
   pass.training = options.training;
   pass.random = kernels::derive(options.random, lane.number);
   pass.step_random = options.random;
+  pass.look_BTD = look_BTD;
   return pass;
 }
 
 void Trunk::sweep(std::span<Lane> lanes, GradientSink& sink, const TrunkOptions& options) {
   std::vector<Trail> trail(lanes.size());
+  std::vector<Tensor> looks = look(lanes);
+  for (size_t l = 0; l < lanes.size(); ++l) trail[l].look_BTD = std::move(looks[l]);
   up(lanes, trail, options);
   down(lanes, trail, sink, options);
 }
@@ -122,7 +153,7 @@ void Trunk::up(std::span<Lane> lanes, std::vector<Trail>& trail, const TrunkOpti
     for (size_t l = 0; l < lanes.size(); ++l) {
       if (lanes[l].batch.empty()) continue;
       const Carry input = leaf(trail[l].top, i > options.lowest_trained);
-      trail[l].top = model_.stage(i, input, pass_of(lanes[l], i, options));
+      trail[l].top = model_.stage(i, input, pass_of(lanes[l], trail[l].look_BTD, i, options));
       if (trained) trail[l].steps.push_back({input, keeps_graph ? trail[l].top : Carry{}});
     }
   }
@@ -148,7 +179,7 @@ void Trunk::down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink&
       Trail::Step step = std::move(trail[l].steps.back());
       trail[l].steps.pop_back();
       if (step.output.tensors.empty()) {
-        step.output = model_.stage(i, step.input, pass_of(lanes[l], i, options));
+        step.output = model_.stage(i, step.input, pass_of(lanes[l], trail[l].look_BTD, i, options));
       }
       if (i == last) {
         step.output.tensors.resize(1);
@@ -167,6 +198,8 @@ void Trunk::down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink&
 std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass) {
   const at::AutoGradMode no_grad(false);
   const auto share = lanes.size() > 1 ? StagePin::Share::kAcrossUses : StagePin::Share::kNo;
+  const std::vector<Tensor> looks =
+      pass.adapters ? look(lanes, pass.cache) : std::vector<Tensor>(lanes.size());
   std::vector<Carry> carries(lanes.size());
   for (int i = 0; i < model_.num_stages(); ++i) {
     const StagePin pin(*this, i, i + 1 < model_.num_stages() ? i + 1 : -1, share);
@@ -178,6 +211,7 @@ std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass
       here.stage = i;
       here.random = kernels::derive(pass.random, lanes[l].number);
       here.step_random = pass.random;
+      here.look_BTD = looks[l];
       carries[l] = model_.stage(i, std::move(carries[l]), here);
     }
   }
@@ -191,12 +225,13 @@ std::vector<Tensor> Trunk::forward(std::span<const Lane> lanes, const Pass& pass
 Trunk::NonFinite Trunk::first_non_finite(std::span<const Lane> lanes, const TrunkOptions& options) {
   const at::AutoGradMode no_grad(false);
   NonFinite first;
+  const std::vector<Tensor> looks = look(lanes);
   std::vector<Carry> carries(lanes.size());
   for (int i = 0; i < model_.num_stages(); ++i) {
     const StagePin pin(*this, i, -1, StagePin::Share::kNo);
     for (size_t l = 0; l < lanes.size(); ++l) {
       if (lanes[l].batch.empty()) continue;
-      carries[l] = model_.stage(i, std::move(carries[l]), pass_of(lanes[l], i, options));
+      carries[l] = model_.stage(i, std::move(carries[l]), pass_of(lanes[l], looks[l], i, options));
       if (first.stage < 0 && !at::isfinite(carries[l].h()).all().item<bool>())
         first = {i, what_is_not_finite(i)};
     }

@@ -1,7 +1,9 @@
 // Trunk: the explicit loop over stages, stages outside and lanes inside, so that one gather of a
 // block serves every micro-batch of a sweep, up and down. No autograd graph crosses a stage; the
-// only place that pins blocks. The schedule is known on paper as layered gradient accumulation
-// (arXiv:2106.02679).
+// only place that pins blocks. Where an adapter looks(), the base without adapters goes up first
+// and leaves its last hidden state: one more gather of each block, half of a step's work more (a
+// third if stages are run again on the way down). The schedule is known on paper as layered
+// gradient accumulation (arXiv:2106.02679).
 #pragma once
 
 #include <cstdint>
@@ -71,7 +73,10 @@ class Trunk {
   void up(std::span<Lane> lanes, std::vector<Trail>& trail, const TrunkOptions& options);
   void down(std::span<Lane> lanes, std::vector<Trail>& trail, GradientSink& sink,
             const TrunkOptions& options);
-  Pass pass_of(const Lane& lane, int stage, const TrunkOptions& options) const;
+  bool is_asked_to_look() const;
+  std::vector<Tensor> look(std::span<const Lane> lanes, KvCache* cache = nullptr);
+  static Pass pass_of(const Lane& lane, const Tensor& look_BTD, int stage,
+                      const TrunkOptions& options);
   std::string what_is_not_finite(int stage) const;
 
   Model& model_;

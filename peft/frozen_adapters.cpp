@@ -18,6 +18,7 @@ void Peft::activate(const std::vector<std::string>& names) {
   GRAFT_ASSERT(trained_.empty(), "what is trained was attached to the adapters that were active");
   std::vector<std::string> known;
   for (Frozen& frozen : frozen_) {
+    if (frozen.is_expert) continue;
     known.push_back(frozen.name);
     frozen.is_active = std::find(names.begin(), names.end(), frozen.name) != names.end();
   }
@@ -26,6 +27,24 @@ void Peft::activate(const std::vector<std::string>& names) {
                 "no adapter is called '", name, "'; there are: ", configs::join(known, ", "));
   }
   run_active();
+}
+
+/// Once a method. All of a run are attached before its first method is: they lie below.
+const std::vector<size_t>& Peft::attach_experts(const Method& method) {
+  const auto [found, is_new] = experts_.try_emplace(&method);
+  if (!is_new) return found->second;
+  for (const std::string& directory : method.experts()) {
+    attach_frozen(directory);
+    for (const Param& param : frozen_.back().params.all()) {
+      GRAFT_CHECK(param.thawed == nullptr, ExitCode::kData, directory, ": holds ", param.hf_key,
+                  ", a tensor of the base itself (bias, modules_to_save): it cannot be mixed");
+    }
+    frozen_.back().is_active = false;
+    frozen_.back().is_expert = true;
+    found->second.push_back(frozen_.size() - 1);
+  }
+  if (!found->second.empty()) run_active();
+  return found->second;
 }
 
 /// Each slot runs the active ones of the adapters that were frozen in it, low-rank products as one.

@@ -34,6 +34,8 @@ struct AttachContext {
   /// The fields are those of a saved adapter, which is taken as it is, however odd its sizes.
   bool from_file = false;
   std::string method = {};  ///< its name, for messages
+  /// What Slot::frozen() calls the owners of the method's experts(), in their order.
+  std::vector<size_t> experts = {};
 };
 
 /// The base's weights after loading, dense, one at a time. Collective: every rank asks for the same
@@ -85,6 +87,9 @@ class Method {
   virtual ~Method() = default;
   virtual void fields(configs::Fields& f) = 0;
   virtual void attach(AttachContext& context) = 0;
+  /// Directories of adapters that the method computes with and does not train. They are attached
+  /// before anything trained, frozen and hashed, and no slot runs them; known once the fields are.
+  virtual std::vector<std::string> experts() const { return {}; }
 
   // First values that come from the base's matrices or from data, unless the method goes on from a
   // saved adapter. One rank computes those of a slot, all ranks adopt its bits: singular vectors

@@ -123,12 +123,13 @@ void Peft::attach_frozen(const std::string& directory, double weight, const std:
   frozen.directory = directory;
   frozen.name = name.empty() ? directory : name;
   frozen.weight = weight;
+  const std::vector<size_t> experts = attach_experts(*frozen.method);
   const AdapterFile file(directory);
   file.check_modules(slots_);
   GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
   AttachContext context{slots_,  model_.info(),     frozen.params,
                         random_, device_,           "frozen" + std::to_string(frozen_.size()) + ".",
-                        true,    frozen.method_name};
+                        true,    frozen.method_name, experts};
   const auto before = num_adapters(slots_);
   try {
     frozen.head = attach_with_head(*frozen.method, context, [&](const std::string& key) {
@@ -154,11 +155,17 @@ void Peft::attach_frozen(const std::string& directory, double weight, const std:
   run_active();
 }
 
+/// The entry has its method, and that its experts.
+void Peft::make_ready(MethodEntry& entry) {
+  if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
+  attach_experts(*entry.method);
+}
+
 void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const size_t index = trained_.size();
   GRAFT_CHECK(index < kMostMethods, "peft: ", index + 1, " methods, at most ", kMostMethods,
               " are allowed");
-  if (entry.method == nullptr) entry.method = method_of_directory(*entry.init_from, entry.name);
+  make_ready(entry);
   if (entry.init_from) {
     check_task(*entry.init_from);
     AdapterFile(*entry.init_from).check_modules(slots_);
@@ -169,7 +176,7 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   AttachContext context{slots_,        model_.info(),
                         params_,       kernels::derive(random_, index + 1),
                         device_,       std::to_string(index) + ".",
-                        !from.empty(), entry.name};
+                        !from.empty(), entry.name, attach_experts(*entry.method)};
   const auto before = num_adapters(slots_);
   auto head = attach_with_head(*entry.method, context,
                                [&](const std::string&) { return trains_head_.empty(); });
@@ -205,6 +212,7 @@ void Peft::attach(std::vector<MethodEntry>& entries, const std::string& resume) 
   };
   const auto count = static_cast<size_t>(std::count_if(entries.begin(), entries.end(), is_saved));
   size_t part = 0;
+  for (MethodEntry& entry : entries) make_ready(entry);
   for (MethodEntry& entry : entries) {
     const bool goes_on = !resume.empty() && is_saved(entry);
     attach(entry, goes_on ? part_directory(resume, part++, count) : "");

@@ -115,10 +115,13 @@ class Peft {
     std::string directory, name;
     double weight = 1;
     bool is_active = true;
+    bool is_expert = false;  ///< a method computes with it: Method::experts
     std::shared_ptr<WholeTensors> head;
   };
   std::vector<Method*> running() const;  ///< innermost first
   void note_thawed(const std::vector<Param>& params, const std::string& method);
+  void make_ready(MethodEntry& entry);
+  const std::vector<size_t>& attach_experts(const Method& method);
   void check_thawed_alone() const;
   void check_replaces(const std::map<const LinearSite*, size_t>& checked) const;
   template <class Site>
@@ -142,6 +145,7 @@ class Peft {
   std::vector<size_t> saved_;  ///< of trained_
   std::string trains_head_;    ///< the method that does; empty: none
   std::vector<Frozen> frozen_;
+  std::map<const Method*, std::vector<size_t>> experts_;  ///< numbers in frozen_
   std::map<const void*, std::string> method_of_;  ///< of the adapters attached so far
   std::map<const models::Weight*, std::string> thawed_by_;
 };

@@ -149,10 +149,8 @@ models::Carry PromptInput::edit(models::Carry carry, const models::Pass& pass) {
 }
 
 void attach_prompt(AttachContext& context, const std::shared_ptr<PromptRows>& rows) {
-  const auto& sites = context.slots.sequences;
-  const auto input = std::find_if(sites.begin(), sites.end(),
-                                  [](const auto& site) { return site.name == "input"; });
-  check_slots(context, static_cast<size_t>(sites.end() - input), "the input, before the tokens");
+  const auto* input = context.slots.find_input();
+  check_slots(context, input == nullptr ? 0 : 1, "the input, before the tokens");
   input->slot->push(std::make_shared<PromptInput>(rows));
   rows->attach(context, input->stage, input->stage);
 }

@@ -72,4 +72,11 @@ const LinearSite* SlotMap::find_linear(const std::string& name) const {
   return nullptr;
 }
 
+const Site<models::SequenceAdapter>* SlotMap::find_input() const {
+  for (const auto& site : sequences) {
+    if (site.name == "input") return &site;
+  }
+  return nullptr;
+}
+
 }  // namespace graft::peft

@@ -51,6 +51,8 @@ struct SlotMap {
   const models::NameMap* names = nullptr;
 
   const LinearSite* find_linear(const std::string& name) const;
+  /// The place before the first block; null for a model without.
+  const Site<models::SequenceAdapter>* find_input() const;
 
   /// f(site) for every slot of every kind.
   template <class F>

@@ -174,6 +174,7 @@ Carry Llama::embed(const Pass& pass) const {
 
 Carry Llama::head(const Carry& carry, const Pass& pass) const {
   Tensor hidden_BTD = final_norm_(at_tokens(carry), pass);
+  if (pass.want == Want::kHidden) return carry.with(hidden_BTD);
   if (pass.want == Want::kLoss || pass.want == Want::kLossAndHits)
     return carry.with(loss(hidden_BTD, carry, pass));
   if (pass.want == Want::kLastLogits) hidden_BTD = hidden_BTD.slice(1, hidden_BTD.size(1) - 1);

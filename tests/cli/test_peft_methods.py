@@ -56,11 +56,13 @@ CASES = [name for name, method in METHODS.items() if name == FIRST[method] or na
 
 
 def train(name, directory):
+    fields = {key: value for key, value in ALL[name].fields.items() if key not in ELSEWHERE and value != "self_attn"}
+    fields |= vars(fields.pop("kasa_config", types.SimpleNamespace()))
+    return train_entry({"method": METHODS[name]} | fields, ORACLE / ALL[name].base, directory)
+
+
+def train_entry(entry, base, directory):
     """Two steps from the method's own start, and the logits; the first command that fails, or the last."""
-    entry = {"method": METHODS[name]}
-    entry |= {key: value for key, value in ALL[name].fields.items() if key not in ELSEWHERE and value != "self_attn"}
-    entry |= vars(entry.pop("kasa_config", types.SimpleNamespace()))
-    base = ORACLE / ALL[name].base
     path = write_config(directory / "run.yaml", base / "rows.h5", f'model.name_or_path="{base / "model"}"',
                         'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
                         "train.max_steps=2", "train.gradient_accumulation_steps=1",
@@ -83,11 +85,27 @@ def runs(tmp_path_factory):
 def test_peft_loads_what_graft_trained(name, runs):
     if name not in runs:
         pytest.skip(f"no method is PEFT's {METHODS[name]}")
-    torch.set_num_threads(1)
-    folder = ORACLE / ALL[name].base
-    base = copies_of(folder / "model")
     directory, run = runs[name]
-    done = run.result()
+    folder = ORACLE / ALL[name].base
+    check(run.result(), directory, folder, copies_of(folder / "model"))
+
+
+def test_peft_loads_the_router_that_graft_trained(tmp_path):
+    """PEFT 0.21.2 loses a layer of those it saves itself."""
+    loras = [str(ORACLE / "xlora" / name) for name in ("lora_0", "lora_1")]
+    entry = {"method": "xlora", "adapters": loras, "layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16}
+    folder = ORACLE / "qwen2"
+
+    def base(copy=copies_of(folder / "model")):
+        model = copy()
+        model.config.use_cache = False  # as PEFT wants it here
+        return model
+
+    check(train_entry(entry, folder, tmp_path), tmp_path, folder, base)
+
+
+def check(done, directory, folder, base):
+    torch.set_num_threads(1)
     assert done.returncode == 0, done.stderr
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,6 +10,7 @@
 #include "configs/check.h"
 #include "dist/comm_factory.h"
 #include "launcher/gradients.h"
+#include "peft/slot_map.h"
 #include "tests/testing.h"
 
 namespace graft::models {
@@ -114,6 +115,8 @@ class Bench {
 
   const peft::ParamSet& params() const { return adapters_->params(); }
   dist::BlockStore& store() { return *base_.store; }
+  Model& model() { return *base_.model; }
+  Trunk& trunk() { return *base_.trunk; }
   TrunkOptions options;
 
  private:
@@ -273,6 +276,73 @@ TEST(Trunk, GathersWhatTheFormulaSaysAndNothingBelowTheLowestTrainedStage) {
       }
     }
   }
+}
+
+/// Keeps what the base made of each lane's tokens, and asks for it or does not.
+struct Onlooker : SequenceAdapter {
+  bool asks = true;
+  std::vector<Tensor> seen;
+  Carry edit(Carry carry, const Pass& pass) override {
+    seen.push_back(pass.look_BTD);
+    return carry;
+  }
+  bool looks() const override { return asks; }
+};
+
+std::shared_ptr<Onlooker> look_on(Bench& bench) {
+  auto onlooker = std::make_shared<Onlooker>();
+  peft::SlotMap(bench.model()).find_input()->slot->push(onlooker);
+  return onlooker;
+}
+
+TEST(TrunkLook, IsTheLastHiddenStateOfTheBaseWithoutItsAdapters) {
+  const auto comm = dist::make_single_comm();
+  Bench bench(*comm, {});
+  const auto onlooker = look_on(bench);
+  const std::vector<Lane> lanes = lanes_of(0, 1);
+  bench.step(lanes);
+  Pass untouched;
+  untouched.adapters = false;
+  untouched.want = Want::kLogits;
+  const auto logits = bench.trunk().forward(lanes, untouched);
+  bench.trunk().forward(lanes, {});
+  ASSERT_EQ(onlooker->seen.size(), 2 * lanes.size());
+  const Tensor head = testing::golden_weight("lm_head.weight", {128, 48});
+  for (size_t l = 0; l < onlooker->seen.size(); ++l) {
+    const Tensor& look = onlooker->seen[l];
+    EXPECT_FALSE(look.requires_grad());
+    EXPECT_LT(testing::relative_error(at::linear(look, head), logits[l % lanes.size()]), 1e-6);
+  }
+}
+
+TEST(TrunkLook, IsMadeForThoseWhoAskOnlyAndChangesNoBit) {
+  const auto comm = dist::make_single_comm();
+  Bench bench(*comm, {.dropout = 0.1});
+  const Step alone = bench.step(lanes_of(0, 1));
+  const auto onlooker = look_on(bench);
+  expect_equal(bench.step(lanes_of(0, 1)), alone);
+  onlooker->asks = false;
+  onlooker->seen.clear();
+  bench.step(lanes_of(0, 1));
+  for (const Tensor& look : onlooker->seen) EXPECT_FALSE(look.defined());
+}
+
+TEST(TrunkLook, CostsAtMostOneMoreGatherOfEachBlock) {
+  run_virtual_ranks(2, [](Comm& comm) {
+    at::set_num_threads(1);
+    Bench bench(comm, {.layers = 5});
+    const auto onlooker = look_on(bench);
+    const auto bytes_with = [&](bool asks) {
+      onlooker->asks = asks;
+      bench.step(lanes_of(comm.rank(), 2));  // what the one before left gathered
+      const int64_t before = comm.bytes(Traffic::kGathered);
+      bench.step(lanes_of(comm.rank(), 2));
+      return comm.bytes(Traffic::kGathered) - before;
+    };
+    int64_t all = 0;
+    for (int b = 0; b < bench.store().num_blocks(); ++b) all += bench.store().shard_bytes(b);
+    EXPECT_LE(bytes_with(true), bytes_with(false) + all);
+  });
 }
 
 TEST(Trunk, LeavesTheBaseAsItWasAndNothingPinned) {

@@ -15,7 +15,8 @@ rows and labels are its rows_and_labels().
 All numbers come from an adapter that PEFT loaded from the directory: a save that loses something shows here.
 
 Prompts: see peft_prompts.py. Left out, because PEFT 0.21.2 cannot serve as an oracle for it:
-XLORA, MIXED            routed over other adapters; X-LoRA's file loses a layer
+XLORA                   its file loses a layer: see xlora.py
+MIXED                   other adapters, several types of them in one model
 ADAMSS of some spaces   they are clusters of scikit-learn's generator, which no file holds; one space needs none
 SHADOW                  a second model beside the base
 HIRA rank_pattern       PEFT ignores it: every matrix gets rank r, and it cannot load a file that has what it asked for

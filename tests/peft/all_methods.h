@@ -6,6 +6,7 @@
 #include <string>
 
 #include "peft/method.h"
+#include "tests/peft/tiny.h"
 
 namespace graft::peft {
 
@@ -19,6 +20,32 @@ inline const MethodRegistry& registry() {
     return r;
   }();
   return all;
+}
+
+/// A list of two LoRAs that fit every tiny model, one that helps and one that harms.
+inline std::string tiny_loras() {
+  static const TestFolder folder;
+  const auto write = [](const std::string& name, const std::vector<std::string>& modules,
+                        double size) {
+    const std::string directory = folder.path() + "/" + name;
+    models::io::NamedTensors tensors;
+    for (const std::string& module : modules) {
+      const int64_t in = module == "down_proj" ? 80 : 48, out = 128 - in;
+      for (const char* layer : {"0", "1"}) {
+        const std::string key =
+            std::string("base_model.model.model.layers.") + layer + ".mlp." + module + ".";
+        tensors.emplace_back(key + "lora_A.weight", fill(name + key + "a", {4, in}, size));
+        tensors.emplace_back(key + "lora_B.weight", fill(name + key + "b", {out, 4}, size));
+      }
+    }
+    Tiny::write_adapter(
+        directory,
+        {{"peft_type", "LORA"}, {"r", 4}, {"lora_alpha", 8}, {"target_modules", modules}}, tensors);
+    return directory;
+  };
+  static const std::string list = "[" + write("harms", {"up_proj", "down_proj"}, 0.6) + ", " +
+                                  write("helps", {"gate_proj", "down_proj"}, 0.1) + "]";
+  return list;
 }
 
 /// Options of the run with defaults: only what does not fit models this small (randlora's update is
@@ -49,6 +76,7 @@ inline std::string defaults(const std::string& method) {
       {"unilora", "{init_theta_d_bound: 0.5}"},
       {"vblora", "{vector_length: 16, num_vectors: 6, init_logits_std: 1}"},
       {"waveft", "{n_frequency: 300, scaling: 4}"},
+      {"xlora", "{adapters: " + tiny_loras() + "}"},
   };
   return fitted.contains(method) ? fitted.at(method) : "{}";
 }

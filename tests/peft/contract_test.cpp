@@ -188,6 +188,11 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
      " init_logits_std: 2, vblora_dropout: 0.25}"},
     {"vera", "{target_modules: all-linear, r: 64, vera_dropout: 0.25}"},
     {"vera", "{save_projection: false, projection_prng_key: 5}"},
+    {"xlora",
+     "{adapters: " + tiny_loras() +
+         ", layerwise_scalings: true, xlora_depth: 2, xlora_size: 24, xlora_dropout_p: 0.1}"},
+    {"xlora", "{adapters: " + tiny_loras() +
+                  ", enable_softmax: false, top_k_lora: 2, enable_softmax_topk: true}"},
 };
 
 std::vector<Case> cases() {
