@@ -22,8 +22,8 @@ DIR/<case>/fish.json            how many of how many, and losses of ten AdamW st
 
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
-Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/lora_starts/: see lora_starts.py; DIR/optimisers.safetensors: see optimisers.py;
-DIR/adapter_sums.safetensors: see adapter_sums.py.
+Beside them DIR/peft_methods/<name>/: see peft_methods.py; DIR/lora_starts/: see lora_starts.py; DIR/lora_steps/: see lora_steps.py;
+DIR/optimisers.safetensors: see optimisers.py; DIR/adapter_sums.safetensors: see adapter_sums.py.
 """
 
 import argparse
@@ -272,12 +272,14 @@ def main():
         write_case(name, config, output / name)
     import adapter_sums  # these import this file
     import lora_starts
+    import lora_steps
     import optimisers
     import peft_methods
 
     optimisers.write(output / "optimisers.safetensors")
     peft_methods.write(output / "qwen2/model", output / "peft_methods")
     lora_starts.write(output / "qwen2/model", output / "lora_starts")
+    lora_steps.write(output / "qwen2/model", output / "lora_steps")
     adapter_sums.write(output / "qwen2/model", output / "peft_methods", output / "adapter_sums.safetensors")
 
 
