@@ -58,9 +58,9 @@ int64_t lanes_per_gather_of(const Run& run, const Workbench& bench, models::Reco
 }  // namespace
 
 std::unique_ptr<StepRule> step_rule_of(const TrainConfig& train, const peft::ParamSet& params) {
-  return make_step_rule(
-      train.optim, params,
-      {train.weight_decay, train.adam_beta1, train.adam_beta2, train.adam_epsilon});
+  return make_step_rule(train.optim, params,
+                        {train.weight_decay, train.adam_beta1, train.adam_beta2, train.adam_epsilon,
+                         train.learning_rate});
 }
 
 data::LoaderConfig train_loader_config(const Run& run, const World& world) {

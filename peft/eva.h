@@ -1,5 +1,9 @@
 // What EVA needs: the principal directions of what passes a slot, batch by batch, and who gets how
 // many ranks of them.  Paischer et al. 2024, arXiv:2410.07170
+// HF PEFT stops a slot when the directions that it would get by now stand still, goes on when it
+// would get more of them, and goes round the data until all slots have stopped. Here a slot stops
+// when all its candidates stand still, which is later, and each row is seen once: who gets what is
+// known only when all ranks have seen theirs.
 #pragma once
 
 #include <ATen/core/Tensor.h>

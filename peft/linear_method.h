@@ -43,7 +43,8 @@ class LinearMethod : public Method {
     adapters_.clear();  // a method may be attached again: to show a model, then to train one
     before_slots(context);
     for (const LinearSite* site : sites_) attach_to(context, *site);
-    whole_.attach(context, sites_);
+    const auto factor = [&](std::string_view leaf) { return learning_rate_factor(leaf); };
+    whole_.attach(context, sites_, factor);
   }
   void initialize(BaseWeights& base) override {
     if constexpr (requires(Adapter & a) { a.initialize(config_, *sites_[0], base); }) {

@@ -30,7 +30,9 @@ void LoraFields::fields(configs::Fields& f) {
 }
 
 double LoraFields::learning_rate_factor(std::string_view leaf) const {
-  return leaf == "lora_b" || leaf == "lora_bias" || leaf == "magnitude" ? loraplus_lr_ratio : 1;
+  const bool is_fast =
+      leaf == "lora_b" || leaf == "lora_bias" || leaf == "magnitude" || leaf == "bias";
+  return is_fast ? loraplus_lr_ratio : 1;
 }
 
 LoraFields::Decision LoraFields::decision(const LinearSite& site) const {
@@ -71,7 +73,7 @@ PeftForm LoraFields::peft_form() {
   return {.type = "LORA",
           .bias_only = "lora_only",
           .inert = {"runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"},
-          .ours = {"loraplus_lr_ratio", "lora_fa"}};
+          .ours = {"loraplus_lr_ratio", "loraplus_lr_embedding", "lora_fa", "lora_fa_gradient"}};
 }
 
 SavedAdapter LoraFields::with_known_start(SavedAdapter adapter) {

@@ -40,7 +40,7 @@ struct LoraFields {
   bool starts_as_base() const {
     return init_lora_weights == "true" || init_lora_weights == "gaussian";
   }
-  /// LoRA+: B learns faster than A, and what is as wide as the output with it.
+  /// LoRA+: B learns faster than A, and what is as wide as the output with it; in PEFT all vectors.
   double learning_rate_factor(std::string_view leaf) const;
   int rank(const LinearSite& site) const { return decision(site).rank; }
   double scale(const LinearSite& site) const;

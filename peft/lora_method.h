@@ -85,6 +85,7 @@ class LoraMethod : public LinearMethod<Config, Adapter> {
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
     config_.check_start(site);
+    starter_.list(config_, site, context.info.task);
     Base::attach_to(context, site);
     if (!config_.takes_from_base()) return;
     LoraPair& pair = adapters_.back()->pair();

@@ -42,6 +42,14 @@ void multiply_entry(Json& entry, double factor) {
               : Json(product);
 }
 
+/// What a slot sees: q, k and v of a layer see one input, its gate and up another.
+std::string input_of(const LinearSite& site) {
+  constexpr const char* kSharing[] = {"attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"};
+  const bool shares =
+      std::find(std::begin(kSharing), std::end(kSharing), site.role) != std::end(kSharing);
+  return shares ? site.name.substr(0, site.name.rfind('.')) : site.name;
+}
+
 /// A number of an object, else `otherwise`.
 double json_number(const nlohmann::ordered_json& object, const std::string& key, double otherwise) {
   if (!object.is_object()) return otherwise;
@@ -61,7 +69,7 @@ void EvaFields::fields(configs::Fields& f) {
     "a slot may get up to rho times its rank; 1: no sharing");
   f("tau", tau, f.range(0, 1),
     "cosine between two batches above which a slot's directions are done");
-  f("use_label_mask", use_label_mask, "see only tokens that predict a target");
+  f("use_label_mask", use_label_mask, "see only tokens that are targets");
   f("whiten", whiten, "divide directions by the root of their singular value");
   f("adjust_scaling_factors", adjust_scaling_factors, "lora_alpha follows the rank a slot gets");
 }
@@ -198,15 +206,25 @@ PeftForm LoraStartFields::peft_form() {
   return form;
 }
 
+void LoraStarter::list(const LoraStartFields& c, const LinearSite& site, models::Task task) {
+  predicts_next_ = task == models::Task::kCausalLm;
+  const auto own = static_cast<int64_t>(std::nearbyint(c.rank(site) * c.eva_config.rho));
+  int64_t& most = candidates_[input_of(site)];  // half to even above, as Python rounds
+  most = std::max(most, std::min(own, site.info.in));
+}
+
+Tensor LoraStarter::with_targets(const Observation& seen) const {
+  // Here a label stands at the token before. The last token of a document has none, so the first of
+  // the next is no target, nor is the first of all.
+  return seen.x.index({predicts_next_ ? seen.predicts.roll(1) : seen.predicts});
+}
+
 void LoraStarter::observe(const LoraStartFields& c, const LinearSite& site,
                           const Observation& seen) {
   Statistics& s = statistics_[site.name];
   if (c.is_start("eva")) {
-    if (!s.pca) {
-      const auto most = static_cast<int64_t>(std::lround(c.rank(site) * c.eva_config.rho));
-      s.pca.emplace(std::min(most, site.info.in), c.eva_config.tau);
-    }
-    s.pca->fit(c.eva_config.use_label_mask ? seen.x.index({seen.predicts}) : seen.x);
+    if (!s.pca) s.pca.emplace(candidates_.at(input_of(site)), c.eva_config.tau);
+    s.pca->fit(c.eva_config.use_label_mask ? with_targets(seen) : seen.x);
     return;
   }
   Tensor one;

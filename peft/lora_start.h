@@ -86,6 +86,9 @@ struct LoraPair {
 /// What is computed for the slots of a method before step 0.
 class LoraStarter {
  public:
+  /// A slot that will be seen; all are listed before the first one is. Slots that see one input get
+  /// as many candidates (EVA), whatever their own ranks.
+  void list(const LoraStartFields& c, const LinearSite& site, models::Task task);
   void observe(const LoraStartFields& c, const LinearSite& site, const Observation& seen);
   /// A and B, then A_0 and -B_0 if the base gives up something. EVA: the directions and what share
   /// of the variance each explains.
@@ -97,7 +100,12 @@ class LoraStarter {
     int64_t count = 0;
     std::optional<IncrementalPca> pca;
   };
+  /// The inputs of the tokens that are targets themselves, as HF PEFT's label mask.
+  Tensor with_targets(const Observation& seen) const;
+
   std::map<std::string, Statistics> statistics_;  ///< by slot
+  std::map<std::string, int64_t> candidates_;     ///< EVA: directions looked for, by input
+  bool predicts_next_ = true;                     ///< a label stands at the token before its own
 };
 
 }  // namespace graft::peft

@@ -40,11 +40,20 @@ void ParamSet::add(Constant constant) {
 }
 
 void ParamSet::set_tail(const std::string& name, Tensor tail, int64_t dim) {
+  Param& param = named(name);
+  param.tail = std::move(tail);
+  param.tail_dim = dim;
+}
+
+void ParamSet::set_learning_rate(const std::string& name, double rate) {
+  named(name).learning_rate = rate;
+}
+
+Param& ParamSet::named(const std::string& name) {
   const auto param =
       std::find_if(params_.begin(), params_.end(), [&](const Param& p) { return p.name == name; });
   GRAFT_ASSERT(param != params_.end(), "no parameter named ", name);
-  param->tail = std::move(tail);
-  param->tail_dim = dim;
+  return *param;
 }
 
 int64_t ParamSet::numel() const {

@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -27,6 +28,8 @@ struct Param {
   /// The last stage that uses it, if there are several: its gradient is the sum over them.
   int last_stage = stage;
   double learning_rate_factor = 1;
+  /// Where the run's is highest, in place of the run's times the factor.
+  std::optional<double> learning_rate = {};
   /// A constant that files hold behind the value, in the same tensor along `tail_dim`; undefined:
   /// none.
   Tensor tail = {};
@@ -69,6 +72,7 @@ class ParamSet {
   const std::vector<ParamState>& kept() const { return kept_; }
   /// Gives a parameter its tail.
   void set_tail(const std::string& name, Tensor tail, int64_t dim);
+  void set_learning_rate(const std::string& name, double rate);
   const std::vector<Param>& all() const { return params_; }
   const std::vector<Constant>& constants() const { return constants_; }
   bool empty() const { return params_.empty(); }
@@ -85,6 +89,7 @@ class ParamSet {
 
  private:
   std::string hash(bool with_thawed) const;
+  Param& named(const std::string& name);
 
   std::vector<Param> params_;
   std::vector<Constant> constants_;

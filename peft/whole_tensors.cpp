@@ -66,14 +66,15 @@ void WholeTensors::fields(configs::Fields& f) {
     "biases trained: of every linear, or of the adapted ones");
 }
 
-void WholeTensors::attach(AttachContext& context, const std::vector<const LinearSite*>& adapted) {
+void WholeTensors::attach(AttachContext& context, const std::vector<const LinearSite*>& adapted,
+                          const LearningRateFactor& factor) {
   if (!modules_to_save_.values.empty()) {
     for (const LinearSite* site : Targets{modules_to_save_}.resolve(context, "modules_to_save")) {
       for (const LinearSite* other : adapted) {
         GRAFT_CHECK(site != other, "peft: ", site->name,
                     " is both in target_modules and in modules_to_save");
       }
-      add(context, *site, kFilePrefix);
+      add(context, *site, kFilePrefix, factor);
     }
   }
   const auto train_bias = [&](const LinearSite& site, bool is_adapted) {
@@ -83,7 +84,7 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
     if (!site.info.has_bias || is_whole || is_classifiers) return;  // that head is trained whole
     biases_.push_back({&site, std::make_shared<WholeBias>(site, context.device)});
     attach_linear(context, site, biases_.back().adapter,
-                  {{"bias", is_adapted ? "base_layer.bias" : "bias"}});
+                  {{"bias", is_adapted ? "base_layer.bias" : "bias"}}, factor);
   };
   if (bias_ == bias_only_) {
     for (const LinearSite* site : adapted) train_bias(*site, true);
@@ -94,11 +95,12 @@ void WholeTensors::attach(AttachContext& context, const std::vector<const Linear
   }
 }
 
-void WholeTensors::add(AttachContext& context, const LinearSite& site, std::string_view prefix) {
+void WholeTensors::add(AttachContext& context, const LinearSite& site, std::string_view prefix,
+                       const LearningRateFactor& factor) {
   weights_.push_back({&site, std::make_shared<WholeWeight>(site, context.device)});
   site.slot->push(weights_.back().adapter);
   list_tensors(context, *weights_.back().adapter,
-               {site.name, std::string(prefix) + site.hf_path, site.stage}, {});
+               {site.name, std::string(prefix) + site.hf_path, site.stage}, {}, factor);
 }
 
 void WholeTensors::initialize(BaseWeights& base) {

@@ -35,10 +35,13 @@ class WholeTensors {
 
   void fields(configs::Fields& f);
   /// @param adapted  the slots whose bias `bias_only` means
-  void attach(AttachContext& context, const std::vector<const LinearSite*>& adapted);
+  /// @param factor   of "weight" and "bias"
+  void attach(AttachContext& context, const std::vector<const LinearSite*>& adapted,
+              const LearningRateFactor& factor = {});
   /// One matrix more, with its bias.
   /// @param prefix  of its keys in files, before the path of the module
-  void add(AttachContext& context, const LinearSite& site, std::string_view prefix);
+  void add(AttachContext& context, const LinearSite& site, std::string_view prefix,
+           const LearningRateFactor& factor = {});
   /// Copies the frozen values in.
   void initialize(BaseWeights& base);
   nlohmann::json to_peft_config(const SlotMap& slots) const;

@@ -10,7 +10,7 @@ Lion::Lion(const peft::ParamSet& params, const StepConfig& config, Memory memory
 }
 
 void Lion::apply(std::span<const Update> updates, double learning_rate, int64_t) {
-  const auto& [weight_decay, beta1, beta2, epsilon] = config();
+  const auto& [weight_decay, beta1, beta2, epsilon, peak] = config();
   for (const Update& update : updates) {
     Tensor value = update.value, m = update.state[0];
     const Tensor& g = update.gradient;

@@ -15,7 +15,9 @@ constexpr int64_t kPagedBytes = 64 << 20;  // of state on the device at a time
 StepRule::StepRule(const peft::ParamSet& params, const StepConfig& config, Memory memory)
     : config_(config), memory_(memory), states_of_(params.all().size()) {
   for (const peft::Param& param : params.all()) {
-    groups_[param.learning_rate_factor].push_back(values_.size());
+    const double factor = param.learning_rate ? *param.learning_rate / config.learning_rate
+                                              : param.learning_rate_factor;
+    groups_[factor].push_back(values_.size());
     values_.push_back(param.value.detach());
   }
 }

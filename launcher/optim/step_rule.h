@@ -19,6 +19,7 @@ struct StepConfig {
   double weight_decay = 0;
   double beta1 = 0.9, beta2 = 0.999;
   double epsilon = 1e-8;
+  double learning_rate = 1;  ///< of the run, where it is highest
 };
 
 class StepRule {
@@ -63,7 +64,7 @@ class StepRule {
   StepConfig config_;
   Memory memory_;
   std::vector<Tensor> values_;
-  std::map<double, std::vector<size_t>> groups_;  ///< by learning-rate factor
+  std::map<double, std::vector<size_t>> groups_;  ///< by their learning rate over the run's
   std::vector<State> states_;
   std::vector<std::vector<size_t>> states_of_;  ///< of a parameter
   int64_t num_steps_ = 0;

@@ -134,7 +134,8 @@ def test_inspect_checkpoint_verifies_the_manifest(model, tmp_path):
     adapter = facts("inspect", tmp_path / "run/adapter")
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert adapter["graft"] == {"method": "lora", "base_fingerprint": record["base_fingerprint"], "created_by": adapter["created_by"],
-                                "lora_fa": False, "loraplus_lr_ratio": 1.0, "calibration_samples": 64}  # what PEFT's config does not know
+                                "lora_fa": False, "lora_fa_gradient": "projected", "loraplus_lr_ratio": 1.0,
+                                "loraplus_lr_embedding": 1e-6, "calibration_samples": 64}  # what PEFT's config does not know
     assert adapter["zero_products"] == 0
     config_file = checkpoint / "config.yaml"
     config_file.write_bytes(config_file.read_bytes()[:-2] + b"!\n")

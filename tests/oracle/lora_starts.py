@@ -10,7 +10,7 @@ logits        float32 [2, 24, V]   of the adapted model at step 0
 grad.<key>    float32   of the mean loss over all targets of both rows, at step 0
 DIR/<name>.json: the fields of the run, by PEFT's names. Where PEFT draws, or cannot run without a GPU, it is changed:
 lora_ga   torch.svd_lowrank gives the exact triplets
-eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; all tokens, not targets alone
+eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; one batch, which PEFT goes round until it stops
 loftq     runs on the CPU; alpha = r, the only case it is right for
 """
 
@@ -48,6 +48,9 @@ CASES = {
     "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "use_label_mask": False}},
     "eva_whiten": {"init_lora_weights": "eva",
                    "eva_config": {"rho": 1.5, "use_label_mask": False, "whiten": True, "adjust_scaling_factors": False}},
+    "eva_targets": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+    # 4.5 directions of o_proj and down_proj, to even; 8 of q_proj, whose input v_proj shares
+    "eva_candidates": {"init_lora_weights": "eva", "r": 3, "rank_pattern": {"v_proj": 5}, "eva_config": {"rho": 1.5}},
 }
 SECTIONS = {"eva_config": peft.EvaConfig, "corda_config": peft.tuners.lora.config.CordaConfig,
             "lora_ga_config": peft.LoraGAConfig, "loftq_config": peft.LoftQConfig}
@@ -77,7 +80,8 @@ def wrap(model, fields):
         loraga.preprocess_loraga(model, config, lambda: loss_of(model(input_ids=input_ids).logits, labels).backward())
     adapted = peft.get_peft_model(model, config)
     if config.init_lora_weights == "eva":
-        peft.initialize_lora_eva_weights(adapted, [{"input_ids": input_ids}], show_progress_bar=False)
+        batch = {"input_ids": input_ids, "labels": labels}
+        peft.initialize_lora_eva_weights(adapted, [batch], show_progress_bar=False)
     return adapted.eval()
 
 

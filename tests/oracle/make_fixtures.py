@@ -23,8 +23,8 @@ DIR/<case>/fish.json            how many of how many, and losses of ten AdamW st
 Cases: llama_tied, llama_llama3_rope, mistral_window, qwen2, qwen3, and llama_nf4: a file of bitsandbytes, NF4 with double
 quantisation, whose expected numbers come from its weights dequantised by bitsandbytes.
 Beside them DIR/llama_square/model/ and llama_heads/model/: see BASES; DIR/peft_methods/<name>/: see peft_methods.py and
-peft_prompts.py; DIR/lora_starts/: see lora_starts.py; DIR/xlora/: see xlora.py; DIR/optimisers.safetensors: see
-optimisers.py; DIR/adapter_sums.safetensors: see adapter_sums.py; DIR/adapter_hub/: see adapter_hub.py.
+peft_prompts.py; DIR/lora_starts/: see lora_starts.py; DIR/lora_steps/: see lora_steps.py;
+DIR/xlora/: see xlora.py; DIR/optimisers.safetensors: see optimisers.py; DIR/adapter_sums.safetensors: see adapter_sums.py; DIR/adapter_hub/: see adapter_hub.py.
 """
 
 import argparse
@@ -279,6 +279,7 @@ def main():
     write_adapter_hub(output)
     import adapter_sums  # these import this file
     import lora_starts
+    import lora_steps
     import optimisers
     import peft_methods
     import peft_prompts
@@ -289,6 +290,7 @@ def main():
     peft_prompts.write(output, output / "peft_methods")
     lora_starts.write(output / "qwen2/model", output / "lora_starts")
     xlora.write(output / "qwen2/model", output / "xlora")
+    lora_steps.write(output / "qwen2/model", output / "lora_steps")
     adapter_sums.write(output / "qwen2/model", output / "peft_methods", output / "adapter_sums.safetensors")
 
 

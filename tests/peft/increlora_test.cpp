@@ -44,6 +44,41 @@ TEST(Increlora, TheScoreIsThatOfTheWholeUpdate) {
   EXPECT_NEAR(score.grad().item<double>() * 0x1p40, expected, 1e-4 * expected);
 }
 
+TEST(Increlora, ClippingGradientsChangesNoScore) {
+  const auto importance = [](double factor) {
+    OneSlot slot("increlora", "{target_modules: all-linear}");
+    const auto gradients = slot.tiny.sweep({make_lane(0)}, 1).gradients;
+    slot.tiny.adapters.after_reduce({0, 100});
+    for (Tensor gradient : gradients) gradient.mul_(factor);  // as the trainer clips
+    slot.tiny.optimizer->step(gradients, 1e-2);
+    slot.tiny.adapters.after_step({0, 100});
+    std::vector<Tensor> found;
+    for (const auto& c : slot.tiny.adapters.params().constants()) {
+      if (c.name.ends_with("importance")) found.push_back(c.value.clone());
+    }
+    return at::cat(found);
+  };
+  EXPECT_GT(importance(1).min().item<double>(), 0);
+  EXPECT_TRUE(at::equal(importance(1e-3), importance(1)));
+}
+
+TEST(Increlora, WeightDecayLeavesRanksThatDoNotLearnYetAsTheyWereDrawn) {
+  for (const bool ahead : {true, false}) {
+    OneSlot slot("increlora", ahead ? "{max_r: 4}" : "{max_r: 4, advance_learn: false}");
+    Tiny& tiny = slot.tiny;
+    tiny.optimizer = std::make_unique<launcher::AdamW>(tiny.adapters.params(),
+                                                       launcher::StepConfig{.weight_decay = 0.1});
+    const std::string q = "block.0.attn.q";
+    const Tensor a = tensor_of(tiny, q, "lora_a"), b = tensor_of(tiny, q, "lora_b");
+    const Tensor a_before = a.detach().clone(), b_before = b.detach().clone();
+    for (int step = 0; step < 5; ++step) tiny.step({make_lane(0)}, 1);
+    const int64_t idle = ahead ? 2 : 1;  // one in use, and one in reserve
+    EXPECT_TRUE(at::equal(a.slice(0, idle), a_before.slice(0, idle)));
+    EXPECT_TRUE(at::equal(b.slice(1, idle), b_before.slice(1, idle)));
+    EXPECT_FALSE(at::equal(a[idle - 1], a_before[idle - 1]));
+  }
+}
+
 TEST(Increlora, RanksGrowByTopHEveryIntervalUpToTheTarget) {
   OneSlot slot("increlora",
                "{target_modules: all-linear, lora_r: 1, target_r: 2, init_warmup: 3,"

@@ -232,7 +232,9 @@ TEST_F(Directories, WhatOnlyGraftKnowsIsInTheMetadataOfTheTensors) {
                             {"base_fingerprint", "print"},
                             {"calibration_samples", 64},
                             {"loraplus_lr_ratio", 1.0},
-                            {"lora_fa", false}}));
+                            {"loraplus_lr_embedding", 1e-6},
+                            {"lora_fa", false},
+                            {"lora_fa_gradient", "projected"}}));
 }
 
 TEST(Lora, OptionsThatPeftHasNotComeBackFromTheFile) {

@@ -4,9 +4,9 @@
 // step 0. Mergeable. In gradients n is a constant (sec. 4.3). It is had without a matrix out x in:
 //   n^2 = |W|^2 + 2 s <B, W A^T> + s^2 <B A A^T, B>, row by row,
 // where W A^T is the layer itself, run on the rows of A, and |W|^2 does not change; only over
-// another adapter |W|^2 is taken of the dense matrix in each pass. With dropout W x has it too, as
-// in HF PEFT (the paper has none). Files are PEFT's of LoRA with use_dora; PEFT also adapts
-// embeddings.
+// another adapter |W|^2 is taken of the dense matrix in each pass. lora_dropout falls on x in the
+// part (m / n - 1) W x too, as in HF PEFT, which the defaults follow; the paper has none. Files are
+// PEFT's of LoRA with use_dora; PEFT also adapts embeddings.
 #include <ATen/ATen.h>
 
 #include "kernels/lowrank/lowrank.h"

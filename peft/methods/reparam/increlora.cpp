@@ -7,11 +7,11 @@
 // incre_interval steps, the top_h slots of highest score take their reserve into use, until there
 // are target_r ranks a slot on average; then reserves get E = 0. The score is that of the whole
 // update (rank_scores.h), smoothed, times its smoothed deviation. orth_reg_weight times the mean of
-// |A A^T - I| and |B^T B - I| is added to the loss, as its gradient, once a step.
-// The authors' code (FeiyuZhang98/IncreLoRA) takes the score of a step's last micro-batch, here
-// those of all are added up; what a slot computes jumps there as it grows (not with scale_by:
-// initial_rank); its penalty holds rows against themselves, the paper's and ours against all; new
-// ranks warm up their learning rate, which rows of ours cannot. No HF PEFT type.
+// |A A^T - I| and |B^T B - I| is added to the loss, as its gradient, once a step. The authors' code
+// (FeiyuZhang98/IncreLoRA) takes the score of a step's last micro-batch, here those of all
+// are added up; what a slot computes jumps there as it grows (not with scale_by: initial_rank); its
+// penalty holds rows against themselves, the paper's and ours against all; new ranks warm up their
+// rate, which rows of ours cannot. No HF PEFT type.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -40,12 +40,11 @@ struct IncreloraConfig {
     f("lora_r", lora_r, f.range(1, 4096), "rank of every slot at first");
     f("target_r", target_r, f.range(1, 4096), "mean rank of the slots at the end");
     f("max_r", max_r, f.range(1, 65536), "the most a slot may grow to; auto: 4 target_r");
-    f("incre_rank_num", incre_rank_num, f.range(1, 4096),
-      "ranks added at once; auto: target_r / 2");
+    f("incre_rank_num", incre_rank_num, f.range(1, 4096), "ranks added at once; auto: target_r/2");
     f("lora_alpha", lora_alpha, f.positive().at_most(1e30), "scaled by lora_alpha / rank");
     f("lora_dropout", lora_dropout, f.at_least(0).below(1), "probability, on the adapter's input");
     f("scale_by", scale_by, f.one_of({"current_rank", "initial_rank"}),
-      "that rank: of the slot now, as the authors' code, or lora_r");
+      "that rank: now, or lora_r");
     f("init_warmup", init_warmup, f.at_least(0), "first steps, without growth");
     f("incre_interval", incre_interval, f.at_least(1), "steps from one growth to the next");
     f("top_h", top_h, f.at_least(1), "slots that grow at once");
@@ -90,14 +89,17 @@ class IncreloraLinear : public models::LinearAdapter {
     return w + factor_b().mm(factor_a()).to(w.scalar_type());
   }
 
-  /// Adds the penalty; E of the reserve stays.
-  void before_step(double penalty) const {
-    add_orthogonality(a_, b_, config_.advance_learn ? end() : ranks(), penalty);
+  /// Adds the penalty; E of the reserve stays. The score is taken before gradients are clipped.
+  void before_step(double penalty) {
+    add_orthogonality(a_, b_, learning(), penalty);
     e_.grad().slice(0, ranks()).zero_();
+    seen_ = score_.grad() / kScoreShrink;
+    idle_a_ = a_.slice(0, learning()).clone(), idle_b_ = b_.slice(1, learning()).clone();
   }
-  void update_score() const {
-    const Tensor score = score_.grad() / kScoreShrink;
-    smooth_score(score, {importance_, deviation_}, config_.beta1, config_.beta2);
+  /// What does not learn yet is to grow from where it was drawn: weight decay is undone.
+  void after_step(bool is_growing) const {
+    a_.slice(0, learning()).copy_(idle_a_), b_.slice(1, learning()).copy_(idle_b_);
+    if (is_growing) smooth_score(seen_, {importance_, deviation_}, config_.beta1, config_.beta2);
   }
   double score() const { return (importance_ * deviation_).item<double>(); }
   int64_t ranks() const { return ranks_.item<int64_t>(); }
@@ -111,18 +113,17 @@ class IncreloraLinear : public models::LinearAdapter {
   }
 
  private:
-  /// Of the rows in use and in reserve.
   int64_t end() const { return std::min(ranks() + config_.added(), config_.most()); }
+  int64_t learning() const { return config_.advance_learn ? end() : ranks(); }
   Tensor factor_a() const {
     const int64_t r = config_.scale_by == "current_rank" ? ranks() : config_.lora_r;
     const double scale = config_.lora_alpha / (static_cast<double>(r) + 1e-5);
     return a_.slice(0, 0, end()) * (scale * e_.slice(0, 0, end()));
   }
   Tensor factor_b() const { return b_.slice(1, 0, end()); }
-
   IncreloraConfig config_;
   kernels::Key random_;
-  Tensor a_, b_, e_, score_, ranks_, importance_, deviation_;
+  Tensor a_, b_, e_, score_, ranks_, importance_, deviation_, seen_, idle_a_, idle_b_;
   bool is_growing_ = true;
 };
 
@@ -137,10 +138,9 @@ class Increlora : public LinearMethod<IncreloraConfig, IncreloraLinear> {
   void after_step(const StepInfo& info) override {
     const at::NoGradGuard no_grad;
     const int64_t step = info.step + 1;
-    if (missing() > 0) {
-      for (const auto& adapter : adapters_) adapter->update_score();
-      if (step > config_.init_warmup && step % config_.incre_interval == 0) grow();
-    }
+    const bool was_growing = missing() > 0;
+    for (const auto& adapter : adapters_) adapter->after_step(was_growing);
+    if (step > config_.init_warmup && step % config_.incre_interval == 0) grow();
     const bool is_growing = missing() > 0;
     for (const auto& adapter : adapters_) adapter->set_reserve(is_growing);
   }

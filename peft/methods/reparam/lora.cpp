@@ -6,9 +6,10 @@
 // Trains A [r, in] (Kaiming-uniform, a = sqrt 5) and B [out, r] (zeros): the model is unchanged at
 // step 0; with lora_bias a vector [out] beside B (zeros). On an embedding A [r, V] is zero and B
 // [D, r] normal. Mergeable without lora_bias. Fields and files are those of HF PEFT's LoraConfig;
-// what PEFT keeps in its optimisers (LoRA+, LoRA-FA) stands in the metadata of the tensors. PEFT's
-// LoRA+ has a fixed rate for embeddings, 1e-6; here they learn at the run's. PEFT's LoRA-FA also
-// turns the gradient of B by (A A^T)^-1, which the paper does not have, nor do we.
+// what PEFT keeps in its optimisers (LoRA+, LoRA-FA) stands in the metadata of the tensors.
+// lora_fa_gradient: projected, as in PEFT (there after clipping), makes s B A move as near as it
+// can to where W would go: dL/dB (A A^T + 1e-8)^-1 / s^2. plain is the paper's. LoftQ fits s B A to
+// what quantising loses; PEFT fits B A, which is right for alpha = r alone: there both are one.
 #include <ATen/ATen.h>
 
 #include <nlohmann/json.hpp>
@@ -24,15 +25,21 @@ namespace {
 
 struct LoraConfig : LoraStartFields {
   bool lora_bias = false;
+  double loraplus_lr_embedding = 1e-6;
   bool lora_fa = false;
   std::vector<int> trainable_token_indices;
+  std::string lora_fa_gradient = "projected";
 
   void fields(configs::Fields& f) {
     LoraStartFields::fields(f);
+    f("loraplus_lr_embedding", loraplus_lr_embedding, f.positive(),
+      "LoRA+: the peak learning rate of an embedding's A and B; with ratio 1 the run's");
     f("lora_bias", lora_bias, "train a bias beside B");
     f("trainable_token_indices", trainable_token_indices, f.at_least(0),
       "tokens whose rows of the embedding are trained whole beside the rest");
     f("lora_fa", lora_fa, "LoRA-FA: train B only, which saves the memory of A's gradient");
+    f("lora_fa_gradient", lora_fa_gradient, f.one_of({"projected", "plain"}),
+      "of B: projected to what W's own gradient would do, or as it is");
     f.require(!lora_fa || !(takes_from_base() || is_start("mica")), "lora_fa",
               "needs an A that is not trained, and this init_lora_weights one that is");
   }
@@ -73,11 +80,22 @@ class LoraLinear : public models::LinearAdapter {
   }
   LoraPair& pair() { return pair_; }
 
+  /// LoRA-FA: A never changes, so neither does what the gradient of B is multiplied by.
+  void project_gradient() {
+    const Tensor& a = pair_.a;
+    if (a.numel() == 0) return;
+    if (!projection_.defined()) {
+      const Tensor square = a.mm(a.t()) + 1e-8 * at::eye(a.size(0), a.options());
+      projection_ = at::linalg_pinv(square) / (pair_.scale * pair_.scale);
+    }
+    pair_.b.grad().copy_(pair_.b.grad().mm(projection_));
+  }
+
  private:
   double dropout_;
   kernels::Key random_;
   LoraPair pair_;
-  Tensor bias_;
+  Tensor bias_, projection_;
 };
 
 /// PEFT ignores lora_dropout on embeddings; so do we.
@@ -136,6 +154,11 @@ class Lora : public LoraMethod<LoraConfig, LoraLinear> {
     }
     LoraMethod::from_peft_config(other);
   }
+  void after_reduce(const StepInfo&) override {
+    if (!config_.lora_fa || config_.lora_fa_gradient == "plain") return;
+    const at::NoGradGuard no_grad;
+    for (const auto& adapter : adapters_) adapter->project_gradient();
+  }
 
  protected:
   void attach_to(AttachContext& context, const LinearSite& site) override {
@@ -149,6 +172,10 @@ class Lora : public LoraMethod<LoraConfig, LoraLinear> {
         context, site,
         std::make_shared<LoraEmbedding>(config_, site, site_key(context, site), context.device),
         LoraLinear::leaves());
+    if (config_.loraplus_lr_ratio == 1) return;
+    for (const char* leaf : {".lora_embedding_a", ".lora_embedding_b"})
+      context.params.set_learning_rate(context.prefix + site.name + leaf,
+                                       config_.loraplus_lr_embedding);
   }
 
  private:
