@@ -127,9 +127,11 @@ void Peft::attach_frozen(const std::string& directory, double weight, const std:
   const AdapterFile file(directory);
   file.check_modules(slots_);
   GRAFT_ASSERT(trained_.empty(), "frozen adapters lie below what is trained");
-  AttachContext context{slots_,  model_.info(),     frozen.params,
-                        random_, device_,           "frozen" + std::to_string(frozen_.size()) + ".",
-                        true,    frozen.method_name, experts};
+  AttachContext context{slots_,        model_.info(),
+                        frozen.params, random_,
+                        device_,       "frozen" + std::to_string(frozen_.size()) + ".",
+                        true,          frozen.method_name,
+                        experts};
   const auto before = num_adapters(slots_);
   try {
     frozen.head = attach_with_head(*frozen.method, context, [&](const std::string& key) {
@@ -173,10 +175,15 @@ void Peft::attach(MethodEntry& entry, const std::string& resume) {
   const std::string from = resume.empty() ? entry.init_from.value_or("") : resume;
   if (!from.empty()) entry.method->continue_from(read_saved_adapter(from));
   const size_t first = params_.all().size(), first_constant = params_.constants().size();
-  AttachContext context{slots_,        model_.info(),
-                        params_,       kernels::derive(random_, index + 1),
-                        device_,       std::to_string(index) + ".",
-                        !from.empty(), entry.name, attach_experts(*entry.method)};
+  AttachContext context{slots_,
+                        model_.info(),
+                        params_,
+                        kernels::derive(random_, index + 1),
+                        device_,
+                        std::to_string(index) + ".",
+                        !from.empty(),
+                        entry.name,
+                        attach_experts(*entry.method)};
   const auto before = num_adapters(slots_);
   auto head = attach_with_head(*entry.method, context,
                                [&](const std::string&) { return trains_head_.empty(); });

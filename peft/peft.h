@@ -146,7 +146,7 @@ class Peft {
   std::string trains_head_;    ///< the method that does; empty: none
   std::vector<Frozen> frozen_;
   std::map<const Method*, std::vector<size_t>> experts_;  ///< numbers in frozen_
-  std::map<const void*, std::string> method_of_;  ///< of the adapters attached so far
+  std::map<const void*, std::string> method_of_;          ///< of the adapters attached so far
   std::map<const models::Weight*, std::string> thawed_by_;
 };
 

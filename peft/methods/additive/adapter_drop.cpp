@@ -3,8 +3,8 @@
 // It is the bottleneck adapter (bottleneck.cpp: what is trained, its other forms) with drop_up_to
 // set: all ranks and lanes of a step draw the same n. auto is the paper's 11, of its 12 layers, and
 // of fewer layers all but one, so that every step trains some. Left out afterwards: init_from with
-// skip_layers: [0, 1, 2, 3, 4]. The specialised form of the paper is leave_out: [0, 1, 2, 3, 4] with
-// drop_up_to: 0; nothing is then computed backwards below layer 5. HF PEFT has no such method.
+// skip_layers: [0, 1, 2, 3, 4]. The specialised form of the paper is leave_out: [0, 1, 2, 3, 4]
+// with drop_up_to: 0; nothing is then computed backwards below layer 5. HF PEFT has no such method.
 #include "peft/compound.h"
 
 namespace graft::peft {
