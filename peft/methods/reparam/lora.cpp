@@ -1,18 +1,14 @@
 // LoRA: y = W x + s B A x, s = alpha / r.              Hu et al. 2021, arXiv:2106.09685, eq. 3
 // rsLoRA: s = alpha / sqrt(r).                         Kalajdzievski 2023, arXiv:2312.03732
 // LoRA+: B learns loraplus_lr_ratio times faster.      Hayou et al. 2024, arXiv:2402.12354
-// LoRA-FA: A stays as it was drawn.                    Zhang et al. 2023, arXiv:2308.03303
+// LoRA-FA: A stays; dL/dB (A A^T + 1e-8)^-1 / s^2 as in PEFT, or plain.    arXiv:2308.03303
 // PiSSA, OLoRA, LoftQ, EVA, CorDA, LoRA-GA, MiCA: other first values of A and B (lora_start.h).
 // Trains A [r, in] (Kaiming-uniform, a = sqrt 5) and B [out, r] (zeros): the model is unchanged at
 // step 0; with lora_bias a vector [out] beside B (zeros). On an embedding A [r, V] is zero and B
 // [D, r] normal. Mergeable without lora_bias. Fields and files are those of HF PEFT's LoraConfig;
-// what PEFT keeps in its optimisers (LoRA+, LoRA-FA) stands in the metadata of the tensors.
-// lora_fa_gradient: projected, as in PEFT (there after clipping), makes s B A move as near as it
-// can to where W would go: dL/dB (A A^T + 1e-8)^-1 / s^2. plain is the paper's. LoftQ fits s B A to
-// what quantising loses; PEFT fits B A, which is right for alpha = r alone: there both are one.
+// what PEFT keeps in its optimisers (LoRA+, LoRA-FA) stands in the metadata of the tensors. LoftQ
+// fits s B A to what quantising loses, PEFT B A, which is right for alpha = r alone.
 #include <ATen/ATen.h>
-
-#include <nlohmann/json.hpp>
 
 #include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
@@ -141,18 +137,10 @@ class Lora : public LoraMethod<LoraConfig, LoraLinear> {
     if (tokens_ != nullptr) tokens_->initialize(base);
   }
   nlohmann::json to_peft_config(const SlotMap& slots) const override {
-    nlohmann::json config = LoraMethod::to_peft_config(slots);
-    if (tokens_ == nullptr) config["trainable_token_indices"] = nullptr;  // PEFT takes [] for some
-    return config;
+    return with_token_rows(LoraMethod::to_peft_config(slots));
   }
   void from_peft_config(const SavedAdapter& adapter) override {
-    SavedAdapter other = adapter;
-    auto& tokens = other.config["trainable_token_indices"];
-    if (tokens.is_object() && tokens.size() == 1 && tokens.contains("embed_tokens")) {
-      const auto list = tokens.at("embed_tokens");
-      tokens = list;
-    }
-    LoraMethod::from_peft_config(other);
+    LoraMethod::from_peft_config(of_token_rows(adapter));
   }
   void after_reduce(const StepInfo&) override {
     if (!config_.lora_fa || config_.lora_fa_gradient == "plain") return;
