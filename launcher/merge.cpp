@@ -167,7 +167,9 @@ Stored merged_tensor(const Planned& item, SourceWeights& source, const MergeOpti
   Stored written = store(item, merged, options);
   const Tensor change = merged - base;
   const Tensor kept = written.value - store(item, base, options).value;
-  report.tensors.push_back({item.name, energy(change), energy(kept - change)});
+  report.tensors.push_back({item.name, energy(change),
+                            (kept.to(at::kDouble) * change).sum().item<double>(),
+                            energy(kept - change)});
   return written;
 }
 
@@ -301,8 +303,6 @@ std::vector<std::string> write_four_bit_file(const std::string& path,
 
 }  // namespace
 
-double Survival::share() const { return change == 0 ? 1.0 : std::max(0.0, 1.0 - lost / change); }
-
 MergeReport merge(const MergeOptions& options) {
   const at::NoGradGuard no_grad;
   UnloadedBase unloaded(options.model);
@@ -354,7 +354,7 @@ MergeReport merge(const MergeOptions& options) {
   report.num_files = static_cast<int64_t>(files.size());
   report.total.name = "all";
   for (const Survival& s : report.tensors)
-    report.total.change += s.change, report.total.lost += s.lost;
+    report.total.change += s.change, report.total.kept += s.kept, report.total.noise += s.noise;
   output.commit();
   return report;
 }

@@ -2,6 +2,7 @@
 // folder, unquantised or in bitsandbytes' four bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -21,13 +22,17 @@ struct MergeOptions {
 };
 
 /// What rounding to the output dtype, and to four bits, leaves of one tensor's change. With W the
-/// base, D the change and r() the rounding: change = |D|^2, lost = |(r(W + D) - r(W)) - D|^2.
+/// base, D the change, r() the rounding and K = r(W + D) - r(W): change = |D|^2, kept = <K, D>,
+/// noise = |K - D|^2.
 struct Survival {
   std::string name;
-  double change = 0, lost = 0;
+  double change = 0, kept = 0, noise = 0;
 
-  /// Share of the change's energy that survives, 0 to 1; 1 where nothing changes.
-  double share() const;
+  /// How much of the change is there, along its own direction: 1 all of it, and where nothing
+  /// changes; 0 nothing. Rounding errors, which point anywhere, do not count: see noise_ratio().
+  double share() const { return change == 0 ? 1 : kept / change; }
+  /// The size of what rounding adds, in sizes of the change.
+  double noise_ratio() const { return change == 0 ? 0 : std::sqrt(noise / change); }
 };
 
 struct MergeReport {

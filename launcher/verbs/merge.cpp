@@ -18,12 +18,15 @@ int run_merge(const MergeOptions& options) {
     std::printf("  without a tokenizer, add one before generating: %s\n",
                 report.without_tokenizer.c_str());
   }
-  std::printf("survives rounding: %.4f %% of the change, %zu tensors\n", 100 * report.total.share(),
-              report.tensors.size());
+  std::printf(
+      "survives rounding: %.4f %% of the change, %zu tensors; rounding adds noise of %.3g times "
+      "its size\n",
+      100 * report.total.share(), report.tensors.size(), report.total.noise_ratio());
   if (report.total.share() < 0.5) {
-    std::printf("  rounding errors are about as large as the change itself; %s avoids them\n",
+    std::printf("  rounding takes most of the change away; %s keeps it\n",
                 options.quantization == "none" ? "--dtype float32" : "--quantization none");
   }
+  if (report.total.share() > 0.999) return 0;
   constexpr size_t kWorst = 3;
   std::sort(report.tensors.begin(), report.tensors.end(),
             [](const Survival& a, const Survival& b) { return a.share() < b.share(); });

@@ -94,19 +94,35 @@ def test_a_merge_without_a_tokenizer_says_so(model, adapter, tmp_path):
     assert f"add one before generating: {model} has none to copy" in said
 
 
+class Sums:
+    """What a merge should say of the changes `delta` and of what of them is found in the output."""
+
+    def __init__(self):
+        self.change = self.kept = self.noise = 0.0
+
+    def add(self, kept, delta):
+        if abs(delta).max() > 1e-6:
+            self.change += float((delta ** 2).sum())
+            self.kept += float((kept * delta).sum())
+            self.noise += float(((kept - delta) ** 2).sum())
+
+    def check(self, said):
+        share, noise = map(float, re.search(r"survives rounding: ([\d.]+) % .* noise of ([\d.e+-]+) times", said).groups())
+        assert share == pytest.approx(100 * self.kept / self.change, abs=0.1)
+        assert noise == pytest.approx((self.noise / self.change) ** 0.5, rel=1e-2) and noise > 0
+
+
 def test_merge_reports_what_bfloat16_loses(model, adapter, tmp_path):
     out = tmp_path / "out"
     said = run("merge", "--model", model, "--adapter", adapter, "--output", out, "--dtype", "bfloat16")
     before, exact = load_file(model / "model.safetensors"), merged_by_numpy(model, adapter)
     after = {name: t.float() for name, t in load_torch(out / "model.safetensors").items()}
-    lost = change = 0.0
+    sums = Sums()
     for name, merged in exact.items():
-        delta = merged - before[name]
+        delta = (merged - before[name]).astype(np.float64)
         rounded = torch.from_numpy(before[name]).bfloat16().float().numpy()
-        lost += ((after[name].numpy() - rounded - delta).astype(np.float64) ** 2).sum() if delta.any() else 0.0
-        change += (delta.astype(np.float64) ** 2).sum()
-    share = float(re.search(r"survives rounding: ([\d.]+) %", said)[1])
-    assert share == pytest.approx(100 * (1 - lost / change), abs=1e-3) and share < 100
+        sums.add(after[name].numpy().astype(np.float64) - rounded, delta)
+    sums.check(said)
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -135,7 +151,7 @@ def test_a_merge_into_four_bits_is_bitsandbytes_own_and_loads_in_transformers(ki
     said = run(*base, "--output", out, "--quantization", kind, "--dtype", "float32", *([] if nested else ["--no-double-quantization"]))
     dense, found = load_torch(tmp_path / "dense/model.safetensors"), load_torch(out / "model.safetensors")
     before = transformers.AutoModelForCausalLM.from_pretrained(case / "model").dequantize().state_dict()
-    lost = change = 0.0
+    sums = Sums()
     rebuilt = {}
     for name, value in dense.items():
         if "_proj" not in name:
@@ -150,10 +166,9 @@ def test_a_merge_into_four_bits_is_bitsandbytes_own_and_loads_in_transformers(ki
                 assert torch.equal(part.view(torch.uint8), expected.contiguous().view(torch.uint8)), name + suffix
         delta = (value - before[name].float()).double()
         kept = (rebuilt[name] - codes_by_bitsandbytes(before[name].float(), kind, nested)[1]).double()
-        lost, change = lost + ((kept - delta) ** 2).sum() * bool(delta.abs().max() > 1e-6), change + (delta ** 2).sum()
+        sums.add(kept, delta)
     assert not found
-    share = float(re.search(r"survives rounding: ([\d.]+) %", said)[1])
-    assert share == pytest.approx(100 * max(0.0, 1 - float(lost / change)), abs=0.1) and share < 100
+    sums.check(said)
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.quantization_config.bnb_4bit_quant_type == kind
     loaded = model.dequantize().state_dict()
