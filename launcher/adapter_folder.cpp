@@ -23,8 +23,10 @@ std::vector<std::string> adapter_parts(const std::string& directory) {
        part = directory + "/" + std::to_string(parts.size())) {
     parts.push_back(part);
   }
+  const bool is_run = fs::exists(directory + "/adapter");
   GRAFT_CHECK(!parts.empty(), ExitCode::kData, directory,
-              ": no adapter_config.json; expected an adapter folder in PEFT's layout");
+              ": no adapter_config.json; expected an adapter folder in PEFT's layout",
+              is_run ? ", as " + directory + "/adapter may be" : "");
   return parts;
 }
 

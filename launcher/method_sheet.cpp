@@ -68,25 +68,36 @@ Trial attach(const std::string& method, const std::string& model_path,
 /// A model that the method can be put on, and what it does there.
 struct Fit {
   std::string family, shape;
+  std::string biased_shape;  ///< the smallest whose linear layers have biases; empty: none has
   Trial trial;
 };
 
-/// Of each family the smallest shipped shape that it fits: some defaults are wider than a tiny
-/// model. None above ten billion parameters is tried: adapters on it take seconds to make.
+bool has_biases(models::Model& model) {
+  const auto& linears = peft::SlotMap(model).linears;
+  return std::any_of(linears.begin(), linears.end(), [](auto& site) { return site.info.has_bias; });
+}
+
+/// Of each family the smallest shipped shape that it fits, one without biases first: some defaults
+/// are wider than a tiny model. None above ten billion parameters is tried: adapters on it take
+/// seconds to make.
 std::vector<Fit> fits(const std::string& method) {
   constexpr int64_t kMostParameters = 10'000'000'000;
-  std::map<std::string, std::map<int64_t, std::string>> shapes;  // by family, then size
+  using Order = std::pair<bool, int64_t>;                      // has biases, parameters
+  std::map<std::string, std::map<Order, std::string>> shapes;  // by family
   for (const auto& entry : fs::directory_iterator(source_dir() + "/configs/models")) {
     if (entry.path().extension() != ".yaml") continue;
     const auto model = models::make_model(models::read_base_config(entry.path()));
-    shapes[model->info().family].emplace(num_parameters(*model), entry.path());
+    shapes[model->info().family].emplace(Order{has_biases(*model), num_parameters(*model)},
+                                         entry.path());
   }
   std::vector<Fit> found;
   for (const auto& [family, by_size] : shapes) {
-    for (const auto& [size, shape] : by_size) {
-      if (size > kMostParameters) break;
+    const auto biased = by_size.lower_bound({true, 0});
+    for (const auto& [order, shape] : by_size) {
+      if (order.second > kMostParameters) continue;
       try {
-        found.push_back({family, shape, attach(method, shape)});
+        found.push_back(
+            {family, shape, biased == by_size.end() ? "" : biased->second, attach(method, shape)});
         break;
       } catch (const Error&) {  // it does not fit, which is the answer
       }
@@ -110,10 +121,11 @@ std::vector<std::string> other_choices(const std::string& method) {
 }
 
 /// The forms `graft export` and `graft merge` can give it.
-std::vector<std::string> forms(const std::string& peft_type, bool mergeable) {
+std::vector<std::string> forms(const std::string& method, const std::string& peft_type,
+                               bool mergeable) {
   std::vector<std::string> names;
   if (!peft_type.empty()) names = {"peft", "safetensors"};
-  if (peft_type == "LORA") names.emplace_back("gguf");
+  if (method == "lora") names.emplace_back("gguf");
   if (mergeable) names.emplace_back("merged model");
   return names;
 }
@@ -132,6 +144,13 @@ void add_behaviour(const std::string& method, const Fit& fit, Facts& facts) {
     }
     if (trial->mergeable != fit.trial.mergeable) merge.push_back(option);
     if (trial->starts_as_base != fit.trial.starts_as_base) start.push_back(option);
+  }
+  if (!fit.biased_shape.empty()) {
+    try {
+      if (attach(method, fit.biased_shape).mergeable != fit.trial.mergeable)
+        merge.push_back("a base with biases");
+    } catch (const Error&) {  // too small
+    }
   }
   if (!merge.empty()) facts[fit.trial.mergeable ? "not_mergeable_with" : "mergeable_with"] = merge;
   if (!start.empty()) facts[fit.trial.starts_as_base ? "not_as_base_with" : "as_base_with"] = start;
@@ -179,7 +198,7 @@ Facts method_sheet(const peft::MethodFacts& method, const std::string& model) {
                        : fit.trial.is_sparse   ? "P"
                        : fit.trial.trained > 0 ? "R"
                                                : "N";
-    facts["exports_to"] = forms(type, fit.trial.mergeable);
+    facts["exports_to"] = forms(method.name, type, fit.trial.mergeable);
   }
   facts["on_model"] = on_model(method.name, model);
   return facts;

@@ -56,12 +56,15 @@ void Peft::run_active() {
     for (const auto& [owner, adapter] : site.slot->frozen()) {
       const Frozen& frozen = frozen_[owner];
       if (!frozen.is_active) continue;
+      bool can_have_weight = false;
+      if constexpr (kIsLinear) can_have_weight = adapter->low_rank().has_value();
+      GRAFT_CHECK(frozen.weight == 1 || can_have_weight, frozen.name, ": a weight of ",
+                  frozen.weight, " for ", frozen.method_name, " at ", site.name,
+                  ": only what adds a low-rank product and nothing else can have one (LoRA without "
+                  "a bias, that took nothing from the base)");
       if constexpr (kIsLinear) {
         active.push_back({adapter, frozen.weight});
       } else {
-        GRAFT_CHECK(frozen.weight == 1, frozen.name, ": a weight of ", frozen.weight, " for ",
-                    frozen.method_name, " at ", site.name,
-                    ": only what adds a low-rank product to a matrix can have a weight");
         active.push_back(adapter);
       }
     }

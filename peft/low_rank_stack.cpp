@@ -35,10 +35,7 @@ std::vector<std::shared_ptr<models::LinearAdapter>> fuse(const std::vector<Weigh
   for (size_t i = 0; i < adapters.size();) {
     size_t end = i;
     while (end < adapters.size() && adapters[end].adapter->low_rank()) ++end;
-    GRAFT_CHECK(
-        end > i || adapters[i].weight == 1, "a weight of ", adapters[i].weight,
-        " is for what adds a low-rank product and nothing else (LoRA without a bias, that took "
-        "nothing from the base); this adapter does not");
+    GRAFT_ASSERT(end > i || adapters[i].weight == 1, "a weight of no low-rank product");
     if (end > i + 1 || adapters[i].weight != 1) {
       fused.push_back(std::make_shared<LowRankStack>(
           std::vector(adapters.begin() + static_cast<std::ptrdiff_t>(i),

@@ -86,7 +86,8 @@ void Peft::check_task(const std::string& directory) const {
     if (task.task == models::Task::kCausalLm || task.task == info.task) continue;
     GRAFT_CHECK(type != task.peft_type, directory, ": an adapter for ", task.name, " (task_type ",
                 task.peft_type, "), the model is a ", info.hf_class,
-                "; evaluate it with `graft eval` and train.task: ", task.name);
+                "; `graft eval` with train.task: ", task.name,
+                " computes with it, and no other verb has classifiers");
   }
 }
 

@@ -126,7 +126,7 @@ void add_eval(CLI::App& app, Command& command) {
   add_run_arguments(*verb, arguments->run);
   auto* adapter =
       verb->add_option("--adapter", arguments->adapters,
-                       "adapter folder, or FOLDER=WEIGHT; may be given more than once; default: "
+                       "adapter folder, or FOLDER=WEIGHT; for several repeat --adapter; default: "
                        "output_dir/adapter, else the config's own start")
           ->allow_extra_args(false);
   verb->add_flag("--base", arguments->base, "the base without any adapter")->excludes(adapter);

@@ -143,7 +143,7 @@ void add_generate(CLI::App& app, Command& command) {
                                "a finished run: its base, settings and adapter");
   verb->add_option("--model", arguments->model, "Hugging Face folder or GGUF file")->excludes(run);
   verb->add_option("--adapter", arguments->adapters,
-                   "adapter folder, or FOLDER=WEIGHT; may be given more than once")
+                   "adapter folder, or FOLDER=WEIGHT; for several repeat --adapter")
       ->allow_extra_args(false);
   verb->add_flag("--any-base", arguments->any_base, kAnyBase);
   verb->add_option("--prompt", arguments->prompt,
