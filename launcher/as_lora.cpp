@@ -8,6 +8,7 @@
 
 #include "configs/check.h"
 #include "kernels/random/random.h"
+#include "launcher/progress.h"
 #include "peft/adapter_file.h"
 
 namespace graft::launcher {
@@ -124,6 +125,7 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
   std::string full;  // a matrix whose change has full rank
   const auto changed = changed_matrices(stack.slots(), "export");
   GRAFT_CHECK(!changed.empty(), ExitCode::kData, "export: the adapters change no matrix");
+  Progress progress("converting");
   for (const peft::LinearSite* site : changed) {
     GRAFT_CHECK(site->info.kind != models::LinearKind::kGain, "export: ", site->name,
                 " is the vector of a norm, and a LoRA holds changes of matrices only");
@@ -139,7 +141,9 @@ LoraConversion as_lora(const peft::Peft& stack, peft::BaseWeights& base,
     const double energy = change.square().sum().item<double>();
     all += energy, lost += low.lost * energy;
     if (low.lost > report.most_lost) report.most_lost = low.lost, report.lost_most = site->name;
+    progress.update(std::ssize(factors), std::ssize(changed));
   }
+  progress.finish();
   GRAFT_CHECK(rank > 0 || lora_elems < matrix_elems, "export: a LoRA of all of it would be no ",
               "smaller than the matrices, ", lora_elems, " numbers for ", matrix_elems, ": at ",
               full, ", say, the change has full rank; give --rank N for the nearest of that rank");
