@@ -86,6 +86,29 @@ TEST(EveryMethod, ThatNeedsTheMatrixIsRefusedOverOneThatCannotBeMerged) {
   }
 }
 
+TEST(Psoft, MeansTheSameOnABaseThatIsQuantisedOtherwise) {
+  const models::io::TestFolder folder;
+  const auto update = [](const Tiny& tiny) {
+    const LinearSite& site = *tiny.adapters.slots().find_linear("block.0.attn.q");
+    return site.slot->adapters()[0]->merged(at::zeros({site.info.out, site.info.in}));
+  };
+  Tiny trained("llama");
+  trained.attach("psoft", make("psoft", "{r: 8}"));
+  models::LoadOptions options;
+  options.quantization = models::Quantization::kNf4;
+  trained.load(options);
+  trained.jitter();
+  const Peft::Saved saved = trained.adapters.save(0, {"base", "CAUSAL_LM", "print"});
+  Tiny::write_adapter(folder.path(), saved.config, saved.tensors);
+  for (const auto quantization : {models::Quantization::kNf4, models::Quantization::kNone}) {
+    Tiny other("llama");
+    other.adapters.attach_frozen(folder.path());
+    options.quantization = quantization;
+    other.load(options);
+    EXPECT_TRUE(at::equal(update(other), update(trained)));
+  }
+}
+
 TEST(EdLora, ATokenNamedTwiceIsRefused) {
   Tiny tiny("llama");
   tiny.attach("ed_lora", make("ed_lora", "{token_ids: [5, 5], token_start: [1, 2]}"));

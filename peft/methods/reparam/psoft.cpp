@@ -4,15 +4,16 @@
 // (I + K) (I - K)^-1 of a skew-symmetric K.        Wu et al. 2025, ICLR 2026
 // Trains K above its diagonal, psoft_R.weight [r (r - 1) / 2] (zeros), or a free R [r, r] (I), and
 // v_a, v_b [r] (ones): the model is unchanged at step 0. A and B are taken from the base at the
-// start and not saved. Mergeable. Fields and files are those of HF PEFT's PsoftConfig; its
-// approximate SVD is not supported. As in PEFT the signs of A's rows are those the SVD gives, so a
-// file means the same where the SVD does.
+// start and saved: the singular directions of the same base quantised otherwise are others.
+// Mergeable. Fields and files are those of HF PEFT's PsoftConfig; its approximate SVD is not
+// supported. PEFT saves no A and B and takes them from its base when it loads.
 #include <ATen/ATen.h>
 
 #include <algorithm>
 
 #include "configs/check.h"
 #include "kernels/lowrank/lowrank.h"
+#include "peft/adapter_file.h"
 #include "peft/draws.h"
 #include "peft/linear_method.h"
 #include "peft/rotation.h"
@@ -74,6 +75,7 @@ class PsoftLinear : public models::LinearAdapter {
             {"vector_b", "psoft_R.vector_b"}};
   }
   void initialize(const PsoftConfig&, const LinearSite& site, BaseWeights& base) {
+    if (a_.any().item<bool>()) return;  // those of the file
     const auto [u, s, vh] = at::linalg_svd(base.weight(site), /*full_matrices=*/false);
     const bool in_both = c_.ab_svd_init == "pissa_init";
     const Tensor size = s.slice(0, 0, c_.r) / scale_, root = size.sqrt();
@@ -84,6 +86,9 @@ class PsoftLinear : public models::LinearAdapter {
   Tensor forward(const Tensor& x, const models::LinearOp& base, const models::Pass& pass) override {
     return kernels::lowrank_add(base(x), dropout(x, c_.psoft_dropout, pass, random_), turned_a(),
                                 b_, scale_);
+  }
+  std::vector<std::pair<std::string, Tensor>> directions() const {
+    return {{"psoft_A", a_}, {"psoft_B", b_}};
   }
   bool mergeable() const override { return true; }
   Tensor merged(const Tensor& w) const override {
@@ -117,11 +122,23 @@ class PsoftLinear : public models::LinearAdapter {
   Tensor r_, v_a_, v_b_, a_, b_;
 };
 
+class Psoft : public LinearMethod<PsoftConfig, PsoftLinear> {
+ protected:
+  void attach_to(AttachContext& context, const LinearSite& site) override {
+    LinearMethod::attach_to(context, site);
+    for (const auto& [name, value] : adapters_.back()->directions()) {
+      context.params.add(Constant{.name = context.prefix + site.name + "." + name,
+                                  .hf_key = std::string(kFilePrefix) + site.hf_path + "." + name,
+                                  .value = value,
+                                  .may_be_left_out = true});
+    }
+  }
+};
+
 }  // namespace
 
 void register_psoft(MethodRegistry& registry, const MethodFacts& facts) {
-  registry.add({facts.name, facts.summary,
-                [] { return std::make_unique<LinearMethod<PsoftConfig, PsoftLinear>>(); }});
+  registry.add({facts.name, facts.summary, [] { return std::make_unique<Psoft>(); }});
 }
 
 }  // namespace graft::peft
