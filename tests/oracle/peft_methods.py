@@ -271,7 +271,7 @@ def trained(model, input_ids, labels):
     return {f"after.{key}": parameter.detach().clone() for key, parameter in parameters}
 
 
-def write_case(base, case, directory, steps):
+def write_case(base, case, directory, steps=False):
     shutil.rmtree(directory, ignore_errors=True)
     start, other = start_of(base, case, 1), start_of(base, case, 2)
     torch.manual_seed(1)
@@ -319,7 +319,7 @@ def write(model_directory, output, names=()):
             write_case(of_folder(CASES[name].base), CASES[name], output / name, name in STEPPED)
         base = of_folder("qwen2")
         for name in [name for name in NF4 if not names or name in names]:
-            write_case(lambda: through_nf4(base()), CASES[name], nf4 / name, steps=False)
+            write_case(lambda: through_nf4(base()), CASES[name], nf4 / name)
 
 
 def main():
