@@ -3,10 +3,10 @@
 // their papers say of it.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
-#include "peft/observer.h"
 #include "tests/peft/one_slot.h"
 
 namespace graft::peft {
