@@ -10,7 +10,8 @@ logits        float32 [2, 24, V]   of the adapted model at step 0
 grad.<key>    float32   of the mean loss over all targets of both rows, at step 0
 DIR/<name>.json: the fields of the run, by PEFT's names. Where PEFT draws, or cannot run without a GPU, it is changed:
 lora_ga   torch.svd_lowrank gives the exact triplets
-eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; one batch, which PEFT goes round until it stops
+eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; one batch, which PEFT sees twice; whitened
+          once, where PEFT divides in place, and so twice what slots of one input share
 loftq     runs on the CPU; alpha = r, the only case it is right for
 """
 
@@ -49,8 +50,8 @@ CASES = {
     "eva_whiten": {"init_lora_weights": "eva",
                    "eva_config": {"rho": 1.5, "use_label_mask": False, "whiten": True, "adjust_scaling_factors": False}},
     "eva_targets": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
-    # 4.5 directions of o_proj and down_proj, to even; 8 of q_proj, whose input v_proj shares
-    "eva_candidates": {"init_lora_weights": "eva", "r": 3, "rank_pattern": {"v_proj": 5}, "eva_config": {"rho": 1.5}},
+    # 4.5 directions of q_proj and down_proj, to even; v_proj, whose input is q_proj's, looks for as many and not for 2
+    "eva_candidates": {"init_lora_weights": "eva", "r": 3, "rank_pattern": {"o_proj": 8, "v_proj": 1}, "eva_config": {"rho": 1.5}},
 }
 SECTIONS = {"eva_config": peft.EvaConfig, "corda_config": peft.tuners.lora.config.CordaConfig,
             "lora_ga_config": peft.LoraGAConfig, "loftq_config": peft.LoftQConfig}
@@ -65,6 +66,8 @@ def prepare_peft():
     torch.svd_lowrank = exact_triplets
     pca = incremental_pca.IncrementalPCA
     eva.IncrementalPCA = lambda **options: pca(**options | {"lowrank": False})
+    source = inspect.getsource(eva._get_eva_state_dict).replace("u /= hook", "u = u / hook")
+    exec(source, vars(eva))
     source = inspect.getsource(loftq_utils.loftq_init).replace('else "cuda"', 'else "cpu"')
     exec(source, vars(loftq_utils))
     layer.loftq_init = loftq_utils.loftq_init
