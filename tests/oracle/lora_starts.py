@@ -12,7 +12,8 @@ DIR/<name>.json: the fields of the run, by PEFT's names. Where PEFT draws, or ca
 lora_ga   torch.svd_lowrank gives the exact triplets
 eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; one batch, which PEFT sees twice; whitened
           once, where PEFT divides in place, and so twice what slots of one input share
-loftq     runs on the CPU; alpha = r, the only case it is right for
+loftq     runs on the CPU, in rows of 64, since bitsandbytes dequantises others wrongly there; alpha = r, the only case it
+          is right for; the blocks' other matrices are in NF4 too
 """
 
 import argparse
@@ -22,6 +23,7 @@ import pathlib
 import shutil
 import warnings
 
+import bitsandbytes
 import peft
 import torch
 from make_fixtures import copies_of, rows_and_labels
@@ -69,14 +71,26 @@ def prepare_peft():
     source = inspect.getsource(eva._get_eva_state_dict).replace("u /= hook", "u = u / hook")
     exec(source, vars(eva))
     source = inspect.getsource(loftq_utils.loftq_init).replace('else "cuda"', 'else "cpu"')
+    source = source.replace('res.to("cpu"), requires', "res.reshape(-1, 64), requires")
+    source = source.replace("res = weight - dequantized_weight", "dequantized_weight = dequantized_weight.view_as(weight)\n"
+                            "        res = weight - dequantized_weight")
     exec(source, vars(loftq_utils))
     layer.loftq_init = loftq_utils.loftq_init
+
+
+def through_nf4(w):
+    packed, state = bitsandbytes.functional.quantize_4bit(w.reshape(-1, 64), quant_type="nf4", compress_statistics=False)
+    return bitsandbytes.functional.dequantize_4bit(packed, state).view_as(w)
 
 
 def wrap(model, fields):
     sections = {name: SECTIONS[name](**fields[name]) for name in SECTIONS if name in fields}
     config = peft.LoraConfig(task_type="CAUSAL_LM", **COMMON | fields | sections)
     input_ids, labels = rows_and_labels()
+    if config.init_lora_weights == "loftq":
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head" and name.split(".")[-1] not in TARGETS:
+                module.weight.data = through_nf4(module.weight.data)
     if config.init_lora_weights == "corda":
         corda.preprocess_corda(model, config, run_model=lambda: [model(input_ids=row[None]) for row in input_ids])
     if config.init_lora_weights == "lora_ga":
