@@ -10,8 +10,10 @@ logits        float32 [2, 24, V]   of the adapted model at step 0
 grad.<key>    float32   of the mean loss over all targets of both rows, at step 0
 DIR/<name>.json: the fields of the run, by PEFT's names. Where PEFT draws, or cannot run without a GPU, it is changed:
 lora_ga   torch.svd_lowrank gives the exact triplets
-eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; one batch, which PEFT goes round until it stops
-loftq     runs on the CPU; alpha = r, the only case it is right for
+eva       exact instead of low-rank decompositions in PEFT's IncrementalPCA; one batch, which PEFT sees twice; whitened
+          once, where PEFT divides in place, and so twice what slots of one input share
+loftq     runs on the CPU, in rows of 64, since bitsandbytes dequantises others wrongly there; alpha = r, the only case it
+          is right for; the blocks' other matrices are in NF4 too
 """
 
 import argparse
@@ -21,6 +23,7 @@ import pathlib
 import shutil
 import warnings
 
+import bitsandbytes
 import peft
 import torch
 from make_fixtures import copies_of
@@ -49,8 +52,8 @@ CASES = {
     "eva_whiten": {"init_lora_weights": "eva",
                    "eva_config": {"rho": 1.5, "use_label_mask": False, "whiten": True, "adjust_scaling_factors": False}},
     "eva_targets": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
-    # 4.5 directions of o_proj and down_proj, to even; 8 of q_proj, whose input v_proj shares
-    "eva_candidates": {"init_lora_weights": "eva", "r": 3, "rank_pattern": {"v_proj": 5}, "eva_config": {"rho": 1.5}},
+    # 4.5 directions of q_proj and down_proj, to even; v_proj, whose input is q_proj's, looks for as many and not for 2
+    "eva_candidates": {"init_lora_weights": "eva", "r": 3, "rank_pattern": {"o_proj": 8, "v_proj": 1}, "eva_config": {"rho": 1.5}},
 }
 SECTIONS = {"eva_config": peft.EvaConfig, "corda_config": peft.tuners.lora.config.CordaConfig,
             "lora_ga_config": peft.LoraGAConfig, "loftq_config": peft.LoftQConfig}
@@ -65,15 +68,29 @@ def prepare_peft():
     torch.svd_lowrank = exact_triplets
     pca = incremental_pca.IncrementalPCA
     eva.IncrementalPCA = lambda **options: pca(**options | {"lowrank": False})
+    source = inspect.getsource(eva._get_eva_state_dict).replace("u /= hook", "u = u / hook")
+    exec(source, vars(eva))
     source = inspect.getsource(loftq_utils.loftq_init).replace('else "cuda"', 'else "cpu"')
+    source = source.replace('res.to("cpu"), requires', "res.reshape(-1, 64), requires")
+    source = source.replace("res = weight - dequantized_weight", "dequantized_weight = dequantized_weight.view_as(weight)\n"
+                            "        res = weight - dequantized_weight")
     exec(source, vars(loftq_utils))
     layer.loftq_init = loftq_utils.loftq_init
+
+
+def through_nf4(w):
+    packed, state = bitsandbytes.functional.quantize_4bit(w.reshape(-1, 64), quant_type="nf4", compress_statistics=False)
+    return bitsandbytes.functional.dequantize_4bit(packed, state).view_as(w)
 
 
 def wrap(model, fields):
     sections = {name: SECTIONS[name](**fields[name]) for name in SECTIONS if name in fields}
     config = peft.LoraConfig(task_type="CAUSAL_LM", **COMMON | fields | sections)
     input_ids, labels = rows_and_labels()
+    if config.init_lora_weights == "loftq":
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head" and name.split(".")[-1] not in TARGETS:
+                module.weight.data = through_nf4(module.weight.data)
     if config.init_lora_weights == "corda":
         corda.preprocess_corda(model, config, run_model=lambda: [model(input_ids=row[None]) for row in input_ids])
     if config.init_lora_weights == "lora_ga":

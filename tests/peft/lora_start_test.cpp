@@ -68,7 +68,8 @@ class LoraStartPeftOracle : public testing::TestWithParam<std::string> {
     tiny.attach(dora ? "dora" : "lora", method_with(dora ? "dora" : "lora", fields.dump()));
     const data::Batch both = batch();
     tiny.first_rows = {{both, 0}};
-    if (init == "corda") {  // PEFT's takes a row at a time
+    if (init == "eva") tiny.first_rows.push_back({both, 1});  // PEFT's sees it until it stops
+    if (init == "corda") {                                    // PEFT's takes a row at a time
       tiny.first_rows.clear();
       for (int64_t i = 0; i < 2; ++i) {
         data::Batch one = both;
