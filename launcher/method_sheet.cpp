@@ -189,7 +189,7 @@ Facts method_sheet(const peft::MethodFacts& method, const std::string& model) {
   const auto found = fits(method.name);
   std::vector<std::string> families;
   for (const Fit& fit : found) families.push_back(fit.family);
-  facts["families"] = families;
+  if (!found.empty()) facts["families"] = families;  // else on_model tells which field is needed
   if (!found.empty()) {
     const Fit& fit = found.front();
     facts["slots_by_default"] = fit.trial.roles;

@@ -184,8 +184,7 @@ TEST(LoraSteps, LoraPlusEmbeddingsMoveAtTheirOwnRate) {
 
 TEST(LoraSteps, LoraFaMovesAsNearAsItCanToTheMatrixItself) {
   constexpr double kScale = 12.0 / 4;
-  const OneSlot slot("lora",
-                     "{target_modules: block.0.attn.q, r: 4, lora_alpha: 12, lora_fa: true}");
+  OneSlot slot("lora", "{target_modules: block.0.attn.q, r: 4, lora_alpha: 12, lora_fa: true}");
   const Tensor w = slot.weight(), a = slot.value("lora_a");
   const Tensor x = fill("x", {9, w.size(1)}, 1), dy = fill("dy", {9, w.size(0)}, 1);
   slot.adapter().forward(x, Dense(w, {}), models::Pass()).backward(dy);
@@ -198,7 +197,7 @@ TEST(LoraSteps, LoraFaMovesAsNearAsItCanToTheMatrixItself) {
 }
 
 TEST(LoraSteps, LoraFaPlainIsTheGradientItself) {
-  const OneSlot slot("lora", "{target_modules: attn.q, lora_fa: true, lora_fa_gradient: plain}");
+  OneSlot slot("lora", "{target_modules: attn.q, lora_fa: true, lora_fa_gradient: plain}");
   const Tensor before = slot.tiny.sweep({make_lane(0)}, 1).gradients[0].clone();
   slot.tiny.adapters.after_reduce({0, 10});
   EXPECT_TRUE(at::equal(slot.tiny.params()[0].value.grad(), before));
