@@ -75,7 +75,8 @@ def test_numbers_that_are_no_float32_are_named(adapter, model, tmp_path, change,
 
 @pytest.mark.parametrize("change, said", [
     (lambda t: t.long() + (1 << 32), "out of range: "), (lambda t: t.to(torch.uint8).bool(), " is BOOL, expected I64, "),
-    (lambda t: t.to(torch.complex64), " is C64, expected I64, "), (lambda t: t.long(), None),
+    (lambda t: t.to(torch.complex64), " is C64, expected I64, "), (lambda t: t.float().to(torch.float8_e4m3fn), " is F8_E4M3, expected I64, "),
+    (lambda t: t.long(), None),
 ])
 @pytest.mark.parametrize("method, leaf", [("shira", "shira_indices"), ("fish_mask", "fish_places"), ("supertuning", "supertuning_indices")])
 def test_places_are_integers_that_stay_what_they_are(tmp_path, config, method, leaf, change, said):
