@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "configs/check.h"
+#include "configs/names.h"
 
 namespace graft::log {
 namespace {
@@ -82,7 +83,8 @@ std::unique_ptr<spdlog::logger>& logger() {
 }
 
 void write(level_enum level, std::string_view message) {
-  logger()->log(level, spdlog::string_view_t(message.data(), message.size()));
+  const std::string text = configs::printable(message);
+  logger()->log(level, spdlog::string_view_t(text.data(), text.size()));
 }
 
 }  // namespace

@@ -47,6 +47,17 @@ std::string suggest(std::string_view word, const std::vector<std::string>& known
   return known.empty() ? std::string() : "; known: " + join(known, ", ");
 }
 
+std::string printable(std::string_view text) {
+  std::string result(text);
+  for (size_t i = 0; i < result.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(result[i]);
+    const auto next = static_cast<unsigned char>(i + 1 < result.size() ? result[i + 1] : 0);
+    if (byte == 0xC2 && next >= 0x80 && next < 0xA0) result.erase(i + 1, 1), result[i] = '?';
+    if ((byte < ' ' && byte != '\n' && byte != '\t') || byte == 0x7F) result[i] = '?';
+  }
+  return result;
+}
+
 std::string join(const std::vector<std::string>& words, std::string_view separator) {
   std::string result;
   for (const std::string& word : words) {

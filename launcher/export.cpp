@@ -126,13 +126,20 @@ void export_gguf(const Adapted& a, const std::string& path) {
                 "llama.cpp has no tensor for the adapter at ", site.hf_path);
     const double alpha =
         scale_of(config, site.hf_path, lora_a.size(0)) * static_cast<double>(lora_a.size(0));
+    const auto held = static_cast<float>(alpha);
+    GRAFT_CHECK(held != 0 && std::isfinite(held), ExitCode::kNumerics, "export: alpha of ",
+                site.hf_path, " is ", alpha, "; llama.cpp needs a float32 other than 0");
     if (file_alpha == 0) file_alpha = alpha;
     if (alpha != file_alpha) lora_b = lora_b * (alpha / file_alpha);
     const auto found = *a.model->names().to_gguf(site.name + ".weight");
     if (found.transform != models::Transform::kIdentity)
       lora_b = models::rope_rows_to_gguf(lora_b, info.head_dim);
+    lora_b = lora_b.to(at::kFloat);
+    GRAFT_CHECK(at::isfinite(lora_b).all().item<bool>(), ExitCode::kNumerics, "export: B of ",
+                site.hf_path, " times ", alpha / file_alpha,
+                ", its alpha in terms of the file's, leaves float32");
     tensors.emplace_back(found.name + ".lora_a", lora_a.to(at::kFloat));
-    tensors.emplace_back(found.name + ".lora_b", lora_b.to(at::kFloat));
+    tensors.emplace_back(found.name + ".lora_b", lora_b);
   }
   GRAFT_CHECK(left.empty(), "export: llama.cpp's adapters hold LoRA of linear layers only, not ",
               left.begin()->first);

@@ -37,7 +37,7 @@ std::string facts_json(const Facts& facts) { return dump(facts) + "\n"; }
 std::string facts_text(const Facts& facts) {
   std::string text;
   add_lines(facts, "", text);
-  return text;
+  return configs::printable(text);
 }
 
 int64_t num_parameters(models::Model& model) {

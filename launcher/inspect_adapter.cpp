@@ -53,7 +53,7 @@ Problems problems_of(const SafetensorsFile& file, Zeros& zeros) {
       problems.push_back("no float: " + entry.name + " is " + entry.dtype);
       continue;
     }
-    const Tensor value = file.read(entry.name);
+    const Tensor value = file.read(entry.name).to(at::kFloat);  // as it is computed with
     if (!at::isfinite(value).all().item<bool>()) problems.push_back("not finite: " + entry.name);
     const bool is_zero = value.count_nonzero().item<int64_t>() == 0;
     const bool last_factor = entry.name.find(".lora_B.") != std::string::npos ||

@@ -143,6 +143,7 @@ int main(int argc, char** argv) {
   using namespace graft;            // NOLINT
   using namespace graft::launcher;  // NOLINT
   limit_spinning(argv);
+  std::signal(SIGXFSZ, SIG_IGN);  // a write past the limit then fails as any other, and is told
   // Tensors of a step come and go; giving their pages back to the system each time costs more than
   // the arithmetic.
   mallopt(M_MMAP_THRESHOLD, 1 << 30);

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <iterator>
 #include <map>
 #include <set>
+#include <span>
 
 #include "configs/check.h"
 #include "models/io/json_file.h"
@@ -19,6 +19,7 @@ constexpr const char* kConfigFile = "/adapter_config.json";
 constexpr const char* kWeightsFile = "/adapter_model.safetensors";
 const std::string kOverTheBase = "not the base's matrix, and PEFT would load it over that: ";
 constexpr std::string_view kFloats[] = {"F64", "F32", "BF16", "F16"};
+constexpr std::string_view kIntegers[] = {"I64", "I32", "I16", "I8", "U8"};
 constexpr size_t kMostEntries = 10'000;  // an ordered object takes time quadratic in its entries
 constexpr size_t kLongestName = 512;
 constexpr size_t kMostProblems = 20;  // printed
@@ -28,6 +29,26 @@ void check_entries(const nlohmann::json& value, const std::string& path) {
               " entries in one list, more than ", kMostEntries);
   if (!value.is_structured()) return;
   for (const nlohmann::json& item : value) check_entries(item, path);
+}
+
+std::span<const std::string_view> dtypes_for(const Tensor& like) {
+  return like.is_floating_point() ? std::span<const std::string_view>(kFloats) : kIntegers;
+}
+
+bool is_among(std::string_view dtype, std::span<const std::string_view> dtypes) {
+  return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end();
+}
+
+bool is_text_list(const nlohmann::json& value) {
+  return value.is_array() &&
+         std::all_of(value.begin(), value.end(), [](const auto& item) { return item.is_string(); });
+}
+
+/// Whether what is wanted can hold these numbers: they are finite in float32, or stay what they
+/// are.
+bool fits(const Tensor& value, const Tensor& like) {
+  if (like.is_floating_point()) return at::isfinite(value.to(at::kFloat)).all().item<bool>();
+  return at::equal(value.to(like.scalar_type()).to(at::kLong), value.to(at::kLong));
 }
 
 std::string copy_key(const LinearSite& site) {
@@ -44,9 +65,7 @@ bool is_rounding(const Tensor& exact, const Tensor& rounded) {
 
 }  // namespace
 
-bool is_adapter_dtype(std::string_view dtype) {
-  return std::find(std::begin(kFloats), std::end(kFloats), dtype) != std::end(kFloats);
-}
+bool is_adapter_dtype(std::string_view dtype) { return is_among(dtype, kFloats); }
 
 SavedAdapter read_saved_adapter(const std::string& directory) {
   const std::string path = directory + kConfigFile;
@@ -80,9 +99,18 @@ std::vector<std::string> AdapterFile::names() const {
 nlohmann::json AdapterFile::facts() const {
   const auto found = file_.metadata().find(kFactsKey);
   if (found == file_.metadata().end()) return nlohmann::json::object();
-  const auto facts = nlohmann::json::parse(found->second, nullptr, false);
-  const bool ours = facts.is_object() && facts.contains("method") && facts["method"].is_string();
-  return ours ? facts : nlohmann::json::object();
+  const std::string where = file_.path() + ": the metadata's entry " + kFactsKey;
+  auto facts = models::io::parse_json(found->second, where);
+  GRAFT_CHECK(facts.is_object(), ExitCode::kData, where, " is no object");
+  if (!facts.contains("method")) return nlohmann::json::object();  // not what Graft writes
+  for (const auto& [key, value] : facts.items()) {
+    const bool is_text = key == "method" || key == "base_fingerprint" || key == "created_by";
+    GRAFT_CHECK(!is_text || value.is_string(), ExitCode::kData, where, ": ", key,
+                " is no text but of the type ", value.type_name());
+    GRAFT_CHECK(key != "labels" || is_text_list(value), ExitCode::kData, where,
+                ": labels is no list of texts");
+  }
+  return facts;
 }
 
 bool AdapterFile::has_base_copies() const {
@@ -91,6 +119,8 @@ bool AdapterFile::has_base_copies() const {
 }
 
 void AdapterFile::check_modules(const SlotMap& slots) const {
+  GRAFT_CHECK(!file_.entries().empty(), ExitCode::kData, file_.path(),
+              ": holds no tensors, so the model would stay as it is; was the file cut?");
   std::map<std::string_view, int> layers;
   std::set<std::string_view> around;  // "model.layers.3.self_attn": LLaMA-Adapter's tensors
   for (const auto* sites : {&slots.linears, &slots.gains}) {
@@ -131,14 +161,13 @@ std::vector<Tensor> AdapterFile::read(const std::vector<Param>& params,
     } else if (entry->shape != shape) {
       problems.push_back(detail::concat("shape: ", key, " is ", at::IntArrayRef(entry->shape),
                                         ", expected ", shape));
-    } else if (like.is_floating_point() && !is_adapter_dtype(entry->dtype)) {
+    } else if (const auto dtypes = dtypes_for(like); !is_among(entry->dtype, dtypes)) {
       problems.push_back("dtype: " + key + " is " + entry->dtype + ", expected " +
-                         configs::join({std::begin(kFloats), std::end(kFloats)}, ", "));
+                         configs::join({dtypes.begin(), dtypes.end()}, ", "));
     } else {
       values.back() = file_.read(key);
-      if (values.back().is_floating_point() != like.is_floating_point())
-        problems.push_back("dtype: " + key + " is " + entry->dtype + ", expected integers");
-      if (!at::isfinite(values.back()).all().item<bool>()) problems.push_back("not finite: " + key);
+      if (!fits(values.back(), like))
+        problems.push_back((like.is_floating_point() ? "not finite: " : "out of range: ") + key);
     }
   };
   for (const Param& param : params) {

@@ -41,11 +41,12 @@ class AdapterFile {
   explicit AdapterFile(const std::string& directory);
 
   std::vector<std::string> names() const;
-  /// What kFactsKey holds; an empty object if it is not there or not what Graft writes.
+  /// What kFactsKey holds; an empty object if it is not there or names no method.
+  /// @throws graft::Error (kData) for entries of another type than Graft writes
   nlohmann::json facts() const;
   bool has_base_copies() const;
-  /// Refuses tensors of modules that the model does not have, and matrices that would take the
-  /// place of a block's.
+  /// Refuses a file without tensors, tensors of modules that the model does not have, and matrices
+  /// that would take the place of a block's.
   void check_modules(const SlotMap& slots) const;
   /// What the file holds for `params` and then for `constants`, in their order; undefined for a
   /// constant that it leaves out, for a parameter without elements, and for a thawed weight, which

@@ -327,8 +327,15 @@ std::vector<Peft::Saved> read_lycoris(const std::string& path, const SlotMap& sl
       problems.push_back("unknown: " + entry.name);
       continue;
     }
+    const bool is_one = entry.shape.empty() || entry.shape == std::vector<int64_t>{1};
+    const bool is_count = is_one && entry.dtype.starts_with('I');  // as alpha may be
+    if (!is_count && !is_adapter_dtype(entry.dtype)) {
+      problems.push_back("no float: " + entry.name + " is " + entry.dtype);
+      continue;
+    }
     const Tensor value = file.read(entry.name);
-    if (!at::isfinite(value).all().item<bool>()) problems.push_back("not finite: " + entry.name);
+    if (!at::isfinite(value.to(at::kFloat)).all().item<bool>())
+      problems.push_back("not finite: " + entry.name);
     const bool is_new = modules.try_emplace(name, *site->second)
                             .first->second.put(entry.name.substr(dot + 1), value);
     if (!is_new) problems.push_back("twice: " + entry.name);

@@ -13,6 +13,7 @@ namespace {
 
 using Positions = ModulePattern::Positions;
 using Step = ModulePattern::Step;
+using Text = ModulePattern::Text;
 using Characters = std::bitset<128>;
 
 constexpr size_t kMaxLength = 512;  // of a key and of a module's name
@@ -20,7 +21,8 @@ constexpr int kMaxDepth = 16;       // of groups
 constexpr int kUnlimited = -1;
 
 Step one_of(const Characters& characters) {
-  return [=](std::string_view text, const Positions& begins) {
+  return [=](const Text& whole, const Positions& begins) {
+    const std::string_view text = whole.characters;
     Positions ends;
     for (const size_t p : begins) {
       const size_t c = p < text.size() ? static_cast<unsigned char>(text[p]) : characters.size();
@@ -31,26 +33,31 @@ Step one_of(const Characters& characters) {
 }
 
 Step at_begin() {
-  return [](std::string_view, const Positions& begins) {
+  return [](const Text&, const Positions& begins) {
     return begins.contains(0) ? Positions{0} : Positions{};
   };
 }
 
 Step at_end() {
-  return [](std::string_view text, const Positions& begins) {
-    return begins.contains(text.size()) ? Positions{text.size()} : Positions{};
+  return [](const Text& text, const Positions& begins) {
+    const size_t end = text.characters.size();
+    return begins.contains(end) ? Positions{end} : Positions{};
   };
 }
 
 Step in_turn(std::vector<Step> steps) {
-  return [steps = std::move(steps)](std::string_view text, Positions reached) {
-    for (size_t i = 0; i < steps.size() && !reached.empty(); ++i) reached = steps[i](text, reached);
+  return [steps = std::move(steps)](const Text& text, Positions reached) {
+    text.spend(reached.size());
+    for (size_t i = 0; i < steps.size() && !reached.empty(); ++i) {
+      text.spend(reached.size());
+      reached = steps[i](text, reached);
+    }
     return reached;
   };
 }
 
 Step either(std::vector<Step> steps) {
-  return [steps = std::move(steps)](std::string_view text, const Positions& begins) {
+  return [steps = std::move(steps)](const Text& text, const Positions& begins) {
     Positions ends;
     for (const Step& step : steps) ends.merge(step(text, begins));
     return ends;
@@ -58,14 +65,16 @@ Step either(std::vector<Step> steps) {
 }
 
 Step repeated(const Step& step, int least, int most) {
-  return [=](std::string_view text, Positions reached) {
+  return [=](const Text& text, Positions reached) {
     for (int i = 0; i < least && !reached.empty(); ++i) {
+      text.spend(reached.size());
       Positions next = step(text, reached);
       if (next == reached) break;  // once more changes nothing
       reached = std::move(next);
     }
     Positions fresh = reached;
     for (int i = least; (most == kUnlimited || i < most) && !fresh.empty(); ++i) {
+      text.spend(fresh.size());
       Positions next = step(text, std::exchange(fresh, {}));
       for (const size_t p : next) {
         if (reached.insert(p).second) fresh.insert(p);
@@ -242,16 +251,24 @@ class Parser {
 
 }  // namespace
 
-ModulePattern::ModulePattern(std::string_view key) : step_(Parser(key).parse()) {}
+ModulePattern::ModulePattern(std::string_view key) : key_(key), step_(Parser(key).parse()) {}
 
-bool ModulePattern::matches(std::string_view module) const {
+void ModulePattern::Text::spend(size_t positions) const {
+  GRAFT_CHECK(
+      positions <= work, ExitCode::kData, "adapter_config.json: matching the pattern '", key,
+      "' takes too long; write it without repetitions in one another, or with fewer entries "
+      "beside it");
+  work -= positions;
+}
+
+bool ModulePattern::matches(std::string_view module, size_t& work) const {
   GRAFT_CHECK(module.size() <= kMaxLength, ExitCode::kData, "the module name '",
               module.substr(0, kMaxLength), "...' is too long");
   Positions begins = {0};
   for (size_t i = 0; i < module.size(); ++i) {
     if (module[i] == '.') begins.insert(i + 1);
   }
-  return step_(module, begins).contains(module.size());
+  return step_({module, key_, work}, begins).contains(module.size());
 }
 
 }  // namespace graft::peft

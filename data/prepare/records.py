@@ -137,6 +137,9 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Record]]:
         missing = {"text", "label"} - set(reader.fieldnames or ())
         if missing:
             raise PrepareError(f"{path}:1: the header names no column {' or '.join(sorted(missing))}")
+        twice = sorted({name for name in reader.fieldnames if name and reader.fieldnames.count(name) > 1})
+        if twice:
+            raise PrepareError(f"{path}:1: the header names the column {' and '.join(twice)} twice")
         empty = True
         for row in reader:
             where = f"{path}:{reader.line_num}"

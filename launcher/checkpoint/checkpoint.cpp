@@ -255,6 +255,8 @@ void prepare_resume(const std::string& directory, const World& world, Run& run) 
   const data::Loader loader(train_loader_config(run, world));
   saved.check_not_shorter(schedule_of(run, loader).max_steps);
   const Json& before = saved.at("inputs");
+  GRAFT_CHECK(before.is_object(), ExitCode::kData, directory, "/", kTrainerFile, ": inputs is ",
+              before.type_name(), ", expected an object");
   const Json inputs = input_facts(run, loader.corpus());
   for (const auto& [key, now] : inputs.items()) {
     const Json then = before.value(key, Json());
@@ -275,8 +277,11 @@ void load_checkpoint(const std::string& directory, const OutputDirectory& output
                trainer.optimizer());
   trainer.optimizer().set_num_steps(saved.number("optimizer_steps"));
   trainer.restore(train_state(saved, output, trainer, bench.world));
-  for (const auto& document : saved.at("skipped_documents"))
+  for (const auto& document : saved.at("skipped_documents")) {
+    GRAFT_CHECK(document.is_number_integer(), ExitCode::kData, directory, "/", kTrainerFile,
+                ": skipped_documents holds a ", document.type_name(), ", expected integers");
     trainer.loader().skip(document.get<int64_t>());
+  }
 }
 
 void save_checkpoint(OutputDirectory& output, Workbench& bench, Trainer& trainer, const Run& run) {

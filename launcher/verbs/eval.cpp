@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <iomanip>
+#include <system_error>
 
 #include "configs/check.h"
 #include "configs/log.h"
@@ -17,6 +18,7 @@
 #include "launcher/trainer.h"
 #include "launcher/verbs/verbs.h"
 #include "models/base.h"
+#include "models/io/byte_sink.h"
 #include "peft/adapter_file.h"
 
 namespace graft::launcher {
@@ -52,12 +54,39 @@ void choose_adapter(const EvalArguments& arguments, Run& run, std::string& said)
   said = "adapter " + configs::join(chosen, " + ");
 }
 
+bool is_or_holds(const std::string& input, const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code none;  // what is not there is no other file
+  return fs::equivalent(input, path, none) ||
+         (fs::is_directory(input, none) &&
+          fs::equivalent(input, fs::absolute(path).parent_path(), none));
+}
+
+/// What is measured is not overwritten; said before the work, as is what cannot be written.
+void check_outputs(const EvalArguments& arguments, const Run& run, const data::Corpus& rows) {
+  std::vector<std::string> inputs = run.model.adapters.values;
+  inputs.insert(inputs.end(), {arguments.run.config, run.model.name_or_path});
+  for (const data::TokenShard& shard : rows.shards()) inputs.push_back(shard.path());
+  for (const peft::MethodEntry& entry : run.peft) inputs.push_back(entry.init_from.value_or(""));
+  for (const std::string& output : {arguments.logits, arguments.output}) {
+    if (output.empty()) continue;
+    models::io::check_replaceable(output);
+    for (const std::string& input : inputs) {
+      GRAFT_CHECK(!is_or_holds(input, output), "eval: ", output,
+                  " would overwrite what is measured, or lie in its folder: ", input,
+                  "; choose another file");
+    }
+  }
+}
+
 /// Loading a large base takes minutes: what is wrong with the data is told before.
 void check_eval_data(const EvalArguments& arguments, const Run& run) {
   GRAFT_CHECK(!run.data.eval.values.empty(), arguments.run.config,
               ": data.eval names no shards to evaluate on");
+  const data::Corpus rows(run.data.eval.values);
+  check_outputs(arguments, run, rows);
   const auto model = models::make_model(base_config(run, labels_of(run).size()));
-  check_vocabulary(data::Corpus(run.data.eval.values), model->info());
+  check_vocabulary(rows, model->info());
 }
 
 /// Another order of the labels would give every document another's.
@@ -74,7 +103,7 @@ void check_labels(const Workbench& bench, const Run& run) {
 void write_record(const std::string& path, const nlohmann::ordered_json& record) {
   const std::filesystem::path folder = std::filesystem::path(path).parent_path();
   if (!folder.empty()) std::filesystem::create_directories(folder);
-  write_text(path, record.dump(2) + "\n");
+  write_text(path, record.dump(2, ' ', false, Facts::error_handler_t::replace) + "\n");
 }
 
 int eval(const EvalArguments& arguments, const dist::Topology& topology,
@@ -105,7 +134,7 @@ int eval(const EvalArguments& arguments, const dist::Topology& topology,
       arguments.output.empty() ? run.checkpoint.output_dir + "/eval.json" : arguments.output,
       record);
   if (arguments.json) {
-    std::printf("%s\n", record.dump().c_str());
+    std::fputs(facts_json(record).c_str(), stdout);
   } else {
     const std::string more =
         run.eval.wants("accuracy")

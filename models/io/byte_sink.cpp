@@ -7,19 +7,30 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <system_error>
 
 #include "configs/check.h"
 
 namespace graft::models::io {
 namespace {
 
+/// Opens `path`.N.partial, of the first free N from the process's number on; follows no link.
+int open_new(const std::string& path, std::string& name) {
+  constexpr int kMostTries = 1000;
+  int descriptor = -1;
+  for (int i = 0; i < kMostTries && descriptor < 0 && (i == 0 || errno == EEXIST); ++i) {
+    name = path + "." + std::to_string(::getpid() + i) + ".partial";
+    descriptor = ::open(name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+  }
+  return descriptor;
+}
+
 /// A file under construction; gone again unless committed.
 class PartialFile {
  public:
-  explicit PartialFile(const std::string& path)
-      : path_(path),
-        partial_(path + ".partial"),
-        fd_(::open(partial_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) {
+  explicit PartialFile(const std::string& path) : path_(path) {
+    check_replaceable(path);
+    fd_ = open_new(path, partial_);
     check(fd_ >= 0);
   }
   ~PartialFile() {
@@ -62,11 +73,18 @@ class PartialFile {
   }
 
   std::string path_, partial_;
-  int fd_;
+  int fd_ = -1;
   bool committed_ = false;
 };
 
 }  // namespace
+
+void check_replaceable(const std::string& path) {
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  GRAFT_CHECK(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status),
+              ExitCode::kData, path, ": cannot write: it is no regular file");
+}
 
 void write_file(const std::string& path, const std::function<void(const ByteSink&)>& fill) {
   PartialFile file(path);

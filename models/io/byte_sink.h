@@ -11,8 +11,11 @@ namespace graft::models::io {
 
 using ByteSink = std::function<void(std::span<const std::byte>)>;
 
-/// Writes a file whole or not at all: `fill` writes to a neighbour, which is flushed to disk and
-/// renamed over `path`.
+/// @throws graft::Error (kData) for a device, pipe or folder: a file would take its place
+void check_replaceable(const std::string& path);
+
+/// Writes a file whole or not at all: `fill` writes to a neighbour that was not there before, which
+/// is flushed to disk and renamed over `path`.
 /// @throws graft::Error (kData) naming the path and the system's reason; what was at `path` is then
 /// untouched
 void write_file(const std::string& path, const std::function<void(const ByteSink&)>& fill);

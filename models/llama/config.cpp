@@ -113,7 +113,8 @@ std::vector<int64_t> read_windows(const Json& config, const LlamaConfig& c) {
   std::vector<int64_t> windows(static_cast<size_t>(c.num_hidden_layers), 0);
   const auto width =
       get<int64_t>(config, "sliding_window", config.contains("sliding_window") ? 0 : 4096);
-  GRAFT_CHECK(width >= 0, ExitCode::kData, "model config: sliding_window = ", width);
+  GRAFT_CHECK(width >= 0, ExitCode::kData, "model config: sliding_window = ", width,
+              ", expected 0 (none) or more");
   const bool qwen = c.model_type.starts_with("qwen");
   if (width == 0 || c.model_type == "llama" ||
       (qwen && !get(config, "use_sliding_window", false))) {
@@ -160,7 +161,7 @@ LlamaConfig LlamaConfig::from_json(const Json& config) {
   c.vocab_size = size(config, "vocab_size");
   c.max_position_embeddings = size(config, "max_position_embeddings", 2048);
   GRAFT_CHECK(c.num_hidden_layers <= 10000, ExitCode::kData,
-              "model config: num_hidden_layers = ", c.num_hidden_layers);
+              "model config: num_hidden_layers = ", c.num_hidden_layers, ", expected 1 to 10000");
   GRAFT_CHECK(c.num_attention_heads % c.num_key_value_heads == 0, ExitCode::kData,
               "model config: num_attention_heads = ", c.num_attention_heads,
               " is not a multiple of num_key_value_heads = ", c.num_key_value_heads);

@@ -106,6 +106,17 @@ def test_export_gguf_refuses_what_llama_cpp_cannot_hold(model, tmp_path):
     assert "shares the embedding's table" in said and not (tmp_path / "o.gguf").exists()
 
 
+@pytest.mark.parametrize("changes, said", [
+    ({"lora_alpha": 0}, "is 0; llama.cpp needs"), ({"lora_alpha": 1e300}, "is 1e+300; llama.cpp needs"),
+    ({"lora_alpha": 1e-300}, "is 1e-300; llama.cpp needs"),
+    ({"lora_alpha": 1e-30, "alpha_pattern": {"model.layers.1.mlp.down_proj": 1e30}}, "B of model.layers.1.mlp.down_proj times 1e+60"),
+])
+def test_export_gguf_refuses_scales_that_float32_cannot_hold(model, tmp_path, changes, said):
+    adapter, out = write_adapter(tmp_path / "adapter", changes), tmp_path / "o.gguf"
+    assert said in run("export", "--adapter", adapter, "--to", "gguf", "--output", out, "--model", model, code=7)
+    assert not out.exists()
+
+
 def test_export_says_what_it_needs(adapter, tmp_path):
     assert "--model" in run("export", "--adapter", adapter, "--to", "gguf", "--output", tmp_path / "o", code=2)
     run("export", "--adapter", adapter, "--to", "onnx", "--output", tmp_path / "o", code=2)

@@ -252,3 +252,14 @@ def test_what_does_not_fit_is_refused_by_name(base, tmp_path):
     save_file({f"{q}diff": torch.ones(48, 48)}, tmp_path / "file.safetensors")
     done = graft("export", "--adapter", tmp_path / "file.safetensors", "--to", "gguf", "--model", BASE / "model", "--output", tmp_path / "o")
     assert done.returncode == 2 and "--to peft" in done.stderr
+
+
+@pytest.mark.parametrize("dtype, name", [(torch.complex64, "C64"), (torch.uint64, "U64"), (torch.uint16, "U16"), (torch.bool, "BOOL"),
+                                         (torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_that_are_no_floats_are_refused_by_name(written, tmp_path, dtype, name):
+    tensors = load_file(written("locon")[0])
+    weight = next(key for key in tensors if key.endswith("lora_up.weight"))
+    save_file(tensors | {weight: tensors[weight].to(dtype)}, tmp_path / "l.safetensors")
+    done = graft("export", "--adapter", tmp_path / "l.safetensors", "--to", "peft", "--model", BASE / "model", "--output", tmp_path / "out")
+    assert done.returncode == 3 and f"no float: {weight} is {name}" in done.stderr
+    assert not (tmp_path / "out").exists()

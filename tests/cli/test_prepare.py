@@ -200,6 +200,7 @@ GOOD = FORMS["completion"]
     ("classification", {"a.jsonl": [{"text": "x", "label": True}]}, "a.jsonl:1: 'label' is bool"),
     ("classification", {"a.jsonl": [{"text": "x", "label": " "}]}, "a.jsonl:1: the label is empty"),
     ("classification", {"a.csv": "text,kind\nx,y\n"}, "a.csv:1: the header names no column label"),
+    ("classification", {"a.csv": "text,label,text\nx,y,z\n"}, "a.csv:1: the header names the column text twice"),
     ("classification", {"a.csv": "text,label\nx,y,z\n"}, "a.csv:2: another number of fields"),
     ("classification", {"a.csv": 'text,label\n"x'}, "a.csv:2: unexpected end of data"),
     ("classification", {"a.csv": ""}, "a.csv:1: the header names no column label or text"),

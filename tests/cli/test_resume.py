@@ -130,10 +130,15 @@ class Hash128(ctypes.Structure):
     _fields_ = [("low", ctypes.c_uint64), ("high", ctypes.c_uint64)]
 
 
-def test_a_checkpoint_of_an_unknown_format_is_refused(finished):
-    """Whole, as a later version would write it: its manifest holds the right hash."""
+@pytest.mark.parametrize("changes, code, said", [
+    ({"format": 9}, NO_CHECKPOINT, "format 9 is not known"),
+    ({"inputs": True}, DATA, "trainer.json: inputs is boolean, expected an object"),
+    ({"skipped_documents": ["one"]}, DATA, "trainer.json: skipped_documents holds a string, expected integers"),
+])
+def test_a_whole_checkpoint_with_another_content_is_refused(finished, changes, code, said):
+    """As a later version, or somebody, would write it: its manifest holds the right hash."""
     newest = checkpoints(finished.parent / "run")[-1]
-    text = (newest / "trainer.json").read_text().replace('"format": 1', '"format": 9').encode()
+    text = json.dumps(json.loads((newest / "trainer.json").read_text()) | changes).encode()
     (newest / "trainer.json").write_bytes(text)
     xxh3 = ctypes.CDLL(ctypes.util.find_library("xxhash")).XXH3_128bits
     xxh3.argtypes, xxh3.restype = [ctypes.c_char_p, ctypes.c_size_t], Hash128
@@ -142,7 +147,7 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(finished):
     manifest["files"]["trainer.json"] = {"bytes": len(text), "xxh3_128": f"{digest.high:016x}{digest.low:016x}"}
     (newest / "MANIFEST.json").write_text(json.dumps(manifest))
     done = graft("train", finished)
-    assert done.returncode == NO_CHECKPOINT and "format 9 is not known" in done.stderr
+    assert done.returncode == code and said in done.stderr
 
 
 @pytest.mark.parametrize("limit", [1, 2])

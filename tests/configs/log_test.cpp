@@ -44,6 +44,15 @@ class Log : public ::testing::Test {
   const std::string file_ = folder_ / "logs" / "rank-1.log";
 };
 
+TEST_F(Log, ControlsOfATerminalAreNotPassedOn) {
+  init({});
+  testing::internal::CaptureStderr();
+  error(
+      "a\x1b[2Jb\rc\x7f\xc2\x9b"
+      "d\n\t\xc3\xa9");
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "error: a?[2Jb?c??d\n\t\xc3\xa9\n");
+}
+
 TEST_F(Log, RankZeroPrintsPlainLinesOnStandardError) {
   EXPECT_EQ(say_everything({}), "i {} %v\nwarning: w\nerror: e\n");
 }

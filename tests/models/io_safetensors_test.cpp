@@ -1,6 +1,11 @@
 // models/io/safetensors against bytes of the safetensors library 0.8.0, and against files that lie.
 #include "models/io/safetensors.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <iterator>
+
 #include "models/io/safetensors_header.h"
 #include "tests/models/io_testing.h"
 
@@ -108,12 +113,36 @@ TEST(SafetensorsWriter, LeavesTheOldFileWhenItFails) {
   };
   expect_refused([&] { write_file(path, half_written); }, "interrupted");
   EXPECT_EQ(read_bytes(path), "old");
-  EXPECT_FALSE(std::filesystem::exists(path + ".partial"));
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
   expect_refused(
       [&] {
         write_safetensors(folder.path() + "/none/a", {{"a", one}}, {});
       },
       "cannot write");
+}
+
+TEST(WriteFile, NoDeviceAndNoPipeGivesWayToAFile) {
+  const TestFolder folder;
+  const std::string pipe = folder.path() + "/pipe", link = folder.path() + "/link";
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  std::filesystem::create_symlink("/dev/null", link);
+  const auto nothing = [](const ByteSink&) {};
+  for (const std::string& path : {pipe, link, folder.path()})
+    expect_refused([&] { write_file(path, nothing); }, path + ": cannot write: it is no regular");
+  EXPECT_TRUE(std::filesystem::is_fifo(pipe));
+  EXPECT_TRUE(std::filesystem::is_symlink(link));
+}
+
+TEST(WriteFile, FilesAndLinksBesideItStayWhatTheyAre) {
+  const TestFolder folder;
+  const std::string path = folder.path() + "/a", victim = folder.write("victim", "precious");
+  const std::string own = "." + std::to_string(::getpid()) + ".partial";
+  std::filesystem::create_symlink(victim, path + ".partial");
+  std::filesystem::create_symlink(victim, path + own);
+  write_file(path, [](const ByteSink& sink) { sink(as_span("new")); });
+  EXPECT_EQ(read_bytes(victim), "precious");
+  EXPECT_EQ(read_bytes(path), "new");
+  EXPECT_TRUE(std::filesystem::is_symlink(path + own));
 }
 
 TEST(SafetensorsFile, ReadsBackEveryDtype) {

@@ -8,6 +8,7 @@
 #include "configs/check.h"
 #include "dist/comm_factory.h"
 #include "models/nn/rope.h"
+#include "tests/models/io_testing.h"
 #include "tests/testing.h"
 
 namespace graft::models {
@@ -184,6 +185,17 @@ ExitCode code_of(const nlohmann::json& config) {
     return error.code();
   }
   return ExitCode::kDone;
+}
+
+TEST(Llama, ANumberOutOfRangeIsRefusedWithTheRange) {
+  const auto refuse = [](const char* field, int64_t value, const std::string& said) {
+    nlohmann::json config = testing::tiny_llama();
+    config["model_type"] = "mistral";
+    config[field] = value;
+    io::expect_refused([&] { LlamaConfig::from_json(config); }, said);
+  };
+  refuse("num_hidden_layers", 10001, "10001, expected 1 to 10000");
+  refuse("sliding_window", -1, "-1, expected 0 (none) or more");
 }
 
 TEST(Llama, RefusesConfigsThatItWouldComputeWrongly) {

@@ -6,6 +6,8 @@
 
 #include <chrono>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "tests/models/io_testing.h"
 
@@ -15,6 +17,11 @@ namespace {
 constexpr const char* kModules[] = {
     "model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj",
     "model.layers.1.mlp.down_proj", "model.embed_tokens", "lm_head"};
+
+bool matches(const char* key, std::string_view module) {
+  size_t work = ModulePattern::kMostWork;
+  return ModulePattern(key).matches(module, work);
+}
 
 struct Row {
   const char* key;
@@ -59,7 +66,7 @@ TEST(ModulePattern, MatchesWhatPythonMatches) {
   };
   for (const Row& row : rows) {
     std::string found;
-    for (const char* module : kModules) found += ModulePattern(row.key).matches(module) ? '1' : '0';
+    for (const char* module : kModules) found += matches(row.key, module) ? '1' : '0';
     EXPECT_EQ(found, row.found) << row.key;
   }
 }
@@ -96,9 +103,30 @@ TEST(ModulePattern, NoPatternIsSlow) {
   for (const char* key :
        {"(a+)+b", "(((((((((((a*)*)*)*)*)*)*)*)*)*)*)*b", "(a|a|aa)*b", ".*.*.*.*.*.*.*.*.*.*.*.*b",
         "(((a?){99}){99}){99}b", "(a*)*(a*)*(a*)*b"}) {
-    EXPECT_FALSE(ModulePattern(key).matches(module)) << key;
+    EXPECT_FALSE(matches(key, module)) << key;
   }
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+}
+
+TEST(ModulePattern, OneThatTakesTooLongIsRefusedByName) {
+  std::string key = "a";
+  for (int i = 0; i < 15; ++i) key = "(?:" + key + "|b)+";
+  const auto start = std::chrono::steady_clock::now();
+  models::io::expect_refused([&] { matches(key.c_str(), std::string(400, 'a')); },
+                             "the pattern '" + key + "' takes too long");
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
+}
+
+TEST(ModulePattern, AnEntryForEachModuleOfALargeModelIsNotTooMuch) {
+  std::vector<std::string> modules;
+  for (int i = 0; i < 126 * 7; ++i)
+    modules.push_back("model.layers." + std::to_string(i / 7) + ".mlp." + std::to_string(i % 7));
+  size_t work = ModulePattern::kMostWork;
+  for (const std::string& key : modules) {
+    const ModulePattern pattern(key);
+    for (const std::string& module : modules)
+      EXPECT_EQ(pattern.matches(module, work), key == module);
+  }
 }
 
 }  // namespace
