@@ -23,7 +23,8 @@ Error unmatched(const std::string& entry, const char* key, const std::vector<Lin
   return {
       ExitCode::kUsage,
       "peft: " + std::string(key) + " '" + entry + "' matches nothing in this model" +
-          (close.empty() ? "" : "; did you mean '" + close + "'") + ". It has: " +
+          (close.empty() ? "" : "; did you mean '" + close + "'?") + (close.empty() ? "." : "") +
+          " It has: " +
           (all.front().info.kind == models::LinearKind::kGain ? ""
                                                               : std::string(kAllLinear) + ", ") +
           configs::join(list, ", ")};

@@ -114,7 +114,7 @@ class XLora : public Method {
   std::vector<std::string> experts() const override { return config_.adapters; }
   void attach(AttachContext& context) override {
     const auto* input = context.slots.find_input();
-    GRAFT_CHECK(input != nullptr, "peft: xlora: this model has no place before its blocks");
+    check_slots(context, input == nullptr ? 0 : 1, "the input, before the tokens");
     const auto count = std::ssize(config_.adapters);
     GRAFT_CHECK(count > 0, "peft: xlora: adapters = [], expected directories of trained LoRAs");
     GRAFT_CHECK(config_.top_k_lora.value_or(1) <= count,
