@@ -49,7 +49,7 @@ TEST(Adamss, SubspacesAreClustersOfTheLeftSingularVectors) {
   const Tensor unit = left / left.norm(2, 0, true), subspace = slot.value("subspaces");
   const Tensor any = (at::arange(unit.size(0)) * 37 + 11).remainder(101).remainder(4);
   EXPECT_EQ(std::get<0>(at::_unique(subspace)).numel(), 4);
-  EXPECT_LT(scatter(unit, subspace, 4), 0.95 * scatter(unit, any, 4));
+  EXPECT_LT(scatter(unit, subspace, 4), 0.99 * scatter(unit, any, 4));
 }
 
 TEST(Adamss, AStartsWithWhatItsOutputsSpanFirst) {

@@ -126,7 +126,7 @@ class LoraStartPeftOracle : public testing::TestWithParam<std::string> {
   /// What PEFT's base would be with A and B in our signs.
   Tensor base_in_our_signs(const std::string& module, const Tensor& w, const Tensor& base) const {
     const std::string slot = "base_model.model." + module;
-    const auto& [of_a, of_b] = signs().at(slot);
+    const auto [of_a, of_b] = signs().at(slot);
     const Tensor a = oracle.read("start." + slot + ".lora_A.weight");
     const Tensor b = oracle.read("start." + slot + ".lora_B.weight");
     const Tensor scale = (w - base).norm() / b.mm(a).norm();

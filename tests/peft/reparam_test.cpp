@@ -130,7 +130,7 @@ TEST(Reparam, ShapesThatDoNotFitAreRefusedWithTheNumbers) {
   refused("oft", "{oft_block_size: 1}", "blocks of size 1");
   refused("psoft", "{r: 40}", "fewer than r = 40");
   refused("road", "{}", "96 outputs, no multiple of group_size = 64");
-  refused("vblora", "{}", "common divisor 48 would");
+  refused("vblora", "{}", "one of the divisors of 48: 2, 3");
   refused("vblora", "{vector_length: 16, num_vectors: 2, topk: 3}", "topk = 3");
 }
 

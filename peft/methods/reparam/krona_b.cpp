@@ -7,18 +7,16 @@
 // linear. x is the MLP's input, its norm's output. HF PEFT has no such method.
 #include <ATen/ATen.h>
 
-#include <nlohmann/json.hpp>
-
-#include "peft/attach.h"
 #include "peft/draws.h"
 #include "peft/krona.h"
-#include "peft/peft_config.h"
-#include "peft/peft_form.h"
+#include "peft/sublayer_method.h"
 
 namespace graft::peft {
 namespace {
 
 struct KronaBConfig {
+  static constexpr const char* kName = "krona_b";
+  std::vector<std::string> sites = {"mlp"};  ///< no field: the formula's
   configs::Auto<int> a_out, a_in;
   double scale = 1;
   bool residual = false;
@@ -29,13 +27,16 @@ struct KronaBConfig {
     f("scale", scale, f.positive().at_most(1e30), "s");
     f("residual", residual, "add the input too, times a learned number (KronA^B_res)");
   }
+  bool starts_as_base() const { return true; }
 };
 
 class KronaBAdapter : public models::SublayerAdapter {
  public:
-  KronaBAdapter(const KronaBConfig& c, int64_t width, const std::string& slot, kernels::Key random,
+  KronaBAdapter(const KronaBConfig& c, const SublayerPlace& place, kernels::Key random,
                 at::Device device)
       : scale_(c.scale) {
+    const int64_t width = place.width;
+    const std::string slot = "block." + std::to_string(place.layer) + "." + place.role;
     const int64_t o1 = krona_factor(c.a_out, width, "a_out", slot);
     const int64_t i1 = krona_factor(c.a_in, width, "a_in", slot);
     a_ = register_parameter("krona_a", draw_kaiming({o1, i1}, random, device));
@@ -54,30 +55,7 @@ class KronaBAdapter : public models::SublayerAdapter {
   Tensor a_, b_, residual_;
 };
 
-class KronaB : public Method {
- public:
-  void fields(configs::Fields& f) override { config_.fields(f); }
-  void attach(AttachContext& context) override {
-    for (const auto& site : context.slots.sublayers) {
-      if (site.role != "mlp") continue;
-      const auto adapter =
-          std::make_shared<KronaBAdapter>(config_, context.info.hidden_size, site.name,
-                                          site_key(context, site.name), context.device);
-      site.slot->push(adapter);
-      list_tensors(context, *adapter, {site.name, site.name, site.stage}, {});
-    }
-  }
-  nlohmann::json to_peft_config(const SlotMap&) const override {
-    return write_peft_entries({}, configs::describe(config_));
-  }
-  void from_peft_config(const SavedAdapter& adapter) override {
-    PeftConfigReader config(adapter);
-    read_peft_entries({}, config, nullptr, [&](configs::Fields& f) { config_.fields(f); });
-  }
-
- private:
-  KronaBConfig config_;
-};
+using KronaB = SublayerMethod<KronaBConfig, KronaBAdapter>;
 
 }  // namespace
 
