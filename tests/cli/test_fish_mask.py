@@ -34,7 +34,7 @@ def test_equal_documents_of_a_packed_row_count_one_by_one(tmp_path):
         for name in "tokens", "loss_mask":
             first, second = np.split(file[name][:], 2)
             del file[name]
-            file[name] = np.concatenate([first[:3]] * 8 + [second[:3]])
+            file[name] = np.concatenate([first[9:12]] * 8 + [second[9:12]])  # behind what is no target
         del file["offsets"]
         file["offsets"] = np.arange(10, dtype=np.uint64) * 3
         file.attrs["num_samples"] = 9

@@ -184,7 +184,7 @@ def load(kind, name, layer, weights, tensors):
         module.load_state_dict(state)
         return module
     first = state.get("lokr_w1", torch.ones(1, 1)).shape[0]
-    if first > layer.out_features // first:  # it forgets that they are unbalanced
+    if first > getattr(layer, "out_features", first * first) // first:  # it forgets that they are unbalanced
         module = kind(name, layer, lora_dim=2, alpha=float(state["alpha"]), unbalanced_factorization=True)
         module.load_state_dict(state)
         return module
@@ -216,11 +216,13 @@ def test_pefts_adapters_are_written_for_lycoris(name, base, tmp_path):
                                     {"scale_by": "rank", "inference_r": 2}])
 def test_dyloras_ranks_in_use_are_written_as_a_locon(fields, base, tmp_path):
     entry = {"method": "dylora", "r": 6, "lora_alpha": 48, "target_modules": ["attn.q", "mlp.down"], **fields}
-    config = write_config(tmp_path / "run.yaml", BASE / "rows.h5", f'model.name_or_path="{BASE / "model"}"',
+    folder = tmp_path / "training"
+    folder.mkdir()
+    config = write_config(folder / "run.yaml", BASE / "rows.h5", f'model.name_or_path="{BASE / "model"}"',
                           'model.quantization="none"', "data.packing=false", f"peft=[{json.dumps(entry)}]",
                           "train.max_steps=6", "train.gradient_accumulation_steps=1", "train.learning_rate=0.05")
     succeed("train", config)
-    adapter, back = tmp_path / "run/adapter", tmp_path / "back.safetensors"
+    adapter, back = folder / "run/adapter", tmp_path / "back.safetensors"
     succeed("export", "--adapter", adapter, "--to", "lycoris", "--model", BASE / "model", "--output", back)
     model, tensors = base(), load_file(back)
     for key in sorted({key.split(".")[0] for key in tensors}):
