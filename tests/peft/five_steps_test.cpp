@@ -26,7 +26,8 @@ TEST(FiveSteps, TheCatalogueKnowsTheMethod) {
   ASSERT_NE(found, all.end());
   const Facts sheet = method_sheet(*found, GRAFT_SOURCE_DIR "/configs/models/tiny_llama.yaml");
   EXPECT_EQ(sheet.at("formula"), "y = l * (W x + b)");
-  EXPECT_EQ(sheet.at("mergeable"), false);  // the smallest shape has biases, which l scales too
+  EXPECT_EQ(sheet.at("mergeable"), true);
+  EXPECT_EQ(sheet.at("not_mergeable_with"), Facts::array({"a base with biases"}));  // l scales them
   EXPECT_EQ(sheet.at("starts_as_base"), true);
   EXPECT_EQ(sheet.at("on_model").at("trained_parameters"), 2 * (6 * 16 + 2 * 16));
 }
