@@ -69,9 +69,10 @@ std::vector<const peft::LinearSite*> changed_matrices(
     const peft::SlotMap& slots, const std::string& verb,
     const std::set<const models::LinearAdapter*>& others) {
   slots.each_beside_matrices([&](const auto& site) {
-    GRAFT_CHECK(site.slot->empty(), verb, ": an adapter acts at ", site.name,
-                ", which is no matrix; only changes of matrices can be merged. Leave that adapter out, "
-                "or run it beside the base with --adapter");
+    GRAFT_CHECK(
+        site.slot->empty(), verb, ": an adapter acts at ", site.name,
+        ", which is no matrix; only changes of matrices can be merged. Leave that adapter out, "
+        "or run it beside the base with --adapter");
   });
   std::vector<const peft::LinearSite*> changed;
   for (const auto* sites : {&slots.linears, &slots.gains}) {
