@@ -11,7 +11,7 @@ constexpr size_t kMaxListed = 100;
 constexpr size_t kMaxText = 300;
 
 // What a file holds is untrusted: no control character reaches the terminal, no line is endless.
-std::string printable(std::string_view text) {
+std::string one_line(std::string_view text) {
   std::string result(text.substr(0, kMaxText));
   for (char& c : result) {
     if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
@@ -59,8 +59,8 @@ void Problems::throw_if_any(std::string_view source) const {
     text += problem.place.line == 0
                 ? "command line"
                 : detail::concat(source, ":", problem.place.line, ":", problem.place.column);
-    if (!problem.path.empty()) text += ": " + printable(problem.path);
-    text += ": " + printable(problem.message);
+    if (!problem.path.empty()) text += ": " + one_line(problem.path);
+    text += ": " + one_line(problem.message);
   }
   if (num_unlisted_ > 0) text += detail::concat("\n... and ", num_unlisted_, " more");
   throw Error(ExitCode::kUsage, text);

@@ -84,8 +84,9 @@ int64_t attach_mixture(AttachContext& context, const std::vector<std::string>& n
   const auto& experts = context.experts;
   context.slots.each([&](const auto& site) {
     std::vector<MixedLinear::Part> parts;
-    for (const auto& [owner, adapter] : site.slot->frozen()) {
-      const auto number = std::find(experts.begin(), experts.end(), owner) - experts.begin();
+    for (const auto& frozen : site.slot->frozen()) {
+      const auto& adapter = frozen.adapter;
+      const auto number = std::find(experts.begin(), experts.end(), frozen.owner) - experts.begin();
       if (number == std::ssize(experts)) continue;
       bool is_lora = false;
       if constexpr (requires { adapter->low_rank(); }) {
