@@ -154,7 +154,7 @@ const std::vector<std::pair<std::string, std::string>> kVariants = {
     {"prefix_tuning", "{num_virtual_tokens: 5, prefix_projection: true, encoder_hidden_size: 24}"},
     {"prefix_tuning", "{num_virtual_tokens: 5, shift_positions: false}"},
     {"p_tuning",
-     "{num_virtual_tokens: 3, encoder_hidden_size: 12, encoder_reparameterization_type: LSTM,"
+     "{num_virtual_tokens: 2, encoder_hidden_size: 5, encoder_reparameterization_type: LSTM,"
      " encoder_dropout: 0.25}"},
     {"prompt_tuning", "{num_virtual_tokens: 3, prompt_tuning_init: SAMPLE_VOCAB}"},
     {"boft", "{target_modules: all-linear, boft_n_butterfly_factor: 3, boft_dropout: 0.2}"},
