@@ -26,6 +26,7 @@ def test_methods_lists_every_line_of_the_manifest():
     assert [(m["name"], m["group"]) for m in facts("methods")["methods"]] == manifest
     text = run("methods")
     assert all(f"  {name} " in text and f"{group}:\n" in text for name, group in manifest)
+    assert f"* **Methods** {len(manifest)} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_method_shows_fields_families_and_forms():

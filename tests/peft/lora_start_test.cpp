@@ -171,7 +171,8 @@ TEST_P(LoraStartPeftOracle, TheBaseGivesUpWhatItDoesInPeft) {
     const Tensor ours = tiny.adapters.prepare_weight(site->name + ".weight", w);
     Tensor theirs = oracle.read(entry->name);
     if (init == "lora_ga") theirs = base_in_our_signs(site->hf_path, w, theirs);
-    EXPECT_LE(largest(ours - theirs), 2 * kTolerance * largest(w)) << name;  // twice rounded
+    const double solved = init == "corda" ? 2 : 1;  // through the inverse of a covariance
+    EXPECT_LE(largest(ours - theirs), solved * kTolerance * largest(w)) << name;
     ++compared;
   }
   const bool gives = tiny.adapters.changes_base() && init != "loftq";
